@@ -1,0 +1,72 @@
+"""Losses of one example as functions of its logits, to be maximised by an attack or minimised by a trainer.
+
+All are computed in float32 (or wider) and come out as [b]; the caller reduces.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jax_trustdiff.types import InputError, Labels, Logits, PerExample
+
+
+def cross_entropy(logits: Logits, y: Labels, label_smoothing: float = 0.0) -> PerExample:
+  """(1 - s) * (-log p_y) + s * mean_c(-log p_c) with s = `label_smoothing` in [0, 1]."""
+  log_p = jax.nn.log_softmax(_full_precision(logits))
+  return (1 - label_smoothing) * -_pick(log_p, y) - label_smoothing * log_p.mean(axis=1)
+
+
+def ce(logits: Logits, y: Labels) -> PerExample:
+  """Cross-entropy -log p_y, at least 0."""
+  return cross_entropy(logits, y)
+
+
+def margin(logits: Logits, y: Labels, clip: bool = True) -> PerExample:
+  """-max(z_y - max_{j != y} z_j, 0), the margin loss of Carlini and Wagner (2017), at most 0.
+
+  It is 0, and so is its gradient, once the example is misclassified: ascent stops there. At a margin of exactly 0
+  the gradient is still that of the margin. With clip=False the loss goes on rising above 0.
+  """
+  gap = _gap(_full_precision(logits), y)
+  return -jnp.where(gap >= 0, gap, 0) if clip else -gap
+
+
+def margin_unclipped(logits: Logits, y: Labels) -> PerExample:
+  """max_{j != y} z_j - z_y: positive exactly where the example is misclassified."""
+  return margin(logits, y, clip=False)
+
+
+def dlr(logits: Logits, y: Labels) -> PerExample:
+  """Difference of logits ratio (Croce and Hein 2020, eq. 6): -(z_y - max_{j != y} z_j) / (z_(1) - z_(3) + 1e-12).
+
+  Invariant to shift and scale of the logits. It has a pole where the three largest logits are equal. Three classes
+  or more.
+  """
+  if logits.shape[1] < 3:
+    raise InputError(f"the dlr loss needs at least 3 classes, found {logits.shape[1]}; use ce or margin")
+  logits = _full_precision(logits)
+  largest = jax.lax.top_k(logits, 3)[0]
+  return -_gap(logits, y) / (largest[:, 0] - largest[:, 2] + 1e-12)
+
+
+def kl(p_logits: Logits, q_logits: Logits) -> PerExample:
+  """KL(softmax p || softmax q) in nats, with gradients through both."""
+  log_p = jax.nn.log_softmax(_full_precision(p_logits))
+  log_q = jax.nn.log_softmax(_full_precision(q_logits))
+  return (jnp.exp(log_p) * (log_p - log_q)).sum(axis=1)
+
+
+LOSSES = {"ce": ce, "margin": margin, "margin_unclipped": margin_unclipped, "dlr": dlr}
+
+
+def _full_precision(logits: Logits) -> Logits:
+  return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def _pick(values: Logits, y: Labels) -> PerExample:
+  return jnp.take_along_axis(values, y[:, None], axis=1)[:, 0]
+
+
+def _gap(logits: Logits, y: Labels) -> PerExample:
+  """z_y - max_{j != y} z_j."""
+  others = jnp.where(jnp.arange(logits.shape[1]) == y[:, None], -jnp.inf, logits)
+  return _pick(logits, y) - others.max(axis=1)

@@ -1,0 +1,141 @@
+"""Projected gradient ascent on a loss of the input (Madry et al. 2018), with restarts; FGSM is one step of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jax_trustdiff.attacks import norms
+from jax_trustdiff.attacks.losses import LOSSES
+from jax_trustdiff.types import InputError, KeyOrKeys, Labels, LogitsFn, Unit
+
+Image = Float[Array, "b h w c"]
+
+
+def maximize(
+  loss: Callable[[jax.Array], jax.Array],
+  x: Unit,
+  start: Image,
+  norm: str,
+  radius: norms.Scalar,
+  num_steps: int,
+  move: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Unit:
+  """The last point of `num_steps` steps x_adv -> P(move(x_adv, gradient of the loss at x_adv)) from `start`.
+
+  loss: images -> [b]; its sum is differentiated, with respect to the images only. A loss may couple the
+  images of a batch, as batch statistics do.
+  P for 'linf' and 'l2': clip to [0, 1], then to the ball around `x` (then to [0, 1] again, for rounding). P for 'l1':
+  the nearest point of ball and cube.
+  `start` may lie outside of both; the result does not, even after no step, and carries no gradient.
+  """
+  x, start = norms.full_precision(x), norms.full_precision(start)
+
+  def confine(images):
+    return norms.project(images if norm == "l1" else jnp.clip(images, 0, 1), x, radius, norm)
+
+  def step(_, x_adv):
+    return confine(move(x_adv, jax.grad(lambda images: loss(images).sum())(x_adv)))
+
+  x_adv = jax.lax.fori_loop(0, num_steps, step, start) if num_steps else confine(start)
+  return jax.lax.stop_gradient(x_adv)
+
+
+@dataclass(frozen=True)
+class PGD:
+  """An attack: x_adv in [0, 1] and in the ball around x, after `num_steps` steps of ascent on `loss`.
+
+  norm: 'linf', 'l2' or 'l1'; radius and step_size in [0, 1] pixel units, lengths in that norm.
+  loss: a name in LOSSES. With 'margin' an example stops as soon as it is misclassified.
+  random_start: from `norms.random_start`, otherwise from x.
+  restarts: runs from different random starts. Of their last points, one that is misclassified is kept before
+  one that is not, then the one with the larger loss, then the earlier one. Run r has the key fold_in(key, r), so more
+  restarts never do worse. With one restart the last point is returned as it is, with no extra forward pass.
+  Examples that are misclassified from the beginning are attacked like the others.
+  """
+
+  norm: str = "linf"
+  radius: norms.Scalar = 8 / 255
+  step_size: norms.Scalar = 2 / 255
+  num_steps: int = 40
+  loss: str = "ce"
+  restarts: int = 1
+  random_start: bool = True
+
+  def __post_init__(self):
+    norms.check_norm(self.norm)
+    if self.loss not in LOSSES:
+      raise InputError(f"attack loss is {self.loss!r}; the choices are {', '.join(LOSSES)}")
+    for name in ("radius", "step_size"):
+      value = getattr(self, name)
+      if isinstance(value, float | int) and not 0 <= value < float("inf"):
+        raise InputError(f"attack {name} is {value}; it must be a number of at least 0")
+    if self.num_steps < 0:
+      raise InputError(f"attack num_steps is {self.num_steps}; it must be at least 0")
+    if self.restarts < 1:
+      raise InputError(f"attack restarts is {self.restarts}; it must be at least 1")
+    if self.restarts > 1 and not self.random_start:
+      raise InputError(
+        f"attack restarts is {self.restarts} with random_start off: every run would be the same"
+      )
+
+  def __call__(
+    self, logits_fn: LogitsFn, x: Unit, y: Labels, key: KeyOrKeys, start: Image | None = None
+  ) -> Unit:
+    """Adversarial images for `x` in float32.
+
+    key: one for the batch, or one for each image, which makes the result for an image independent of the batch it
+    is in. start: where the first run begins, in place of a random start.
+    """
+    x = norms.full_precision(x)
+    loss = LOSSES[self.loss]
+
+    def run(restart):
+      begin = x
+      if self.random_start:
+        begin = norms.random_start(norms.fold_in(key, restart), x, self.radius, self.norm)
+      if start is not None:
+        begin = jnp.where(restart == 0, norms.full_precision(start), begin)
+      return maximize(
+        lambda images: loss(logits_fn(images), y),
+        x,
+        begin,
+        self.norm,
+        self.radius,
+        self.num_steps,
+        self._move,
+      )
+
+    if self.restarts == 1:
+      return run(0)
+
+    def keep_better(restart, best):
+      best_x, best_fooled, best_loss = best
+      x_adv = run(restart)
+      logits = logits_fn(x_adv)
+      fooled, height = logits.argmax(axis=1) != y, loss(logits, y)
+      better = (fooled & ~best_fooled) | ((fooled == best_fooled) & (height > best_loss))
+      return (
+        jnp.where(better[:, None, None, None], x_adv, best_x),
+        best_fooled | fooled,
+        jnp.where(better, height, best_loss),
+      )
+
+    height = jax.eval_shape(lambda: loss(logits_fn(x), y))
+    none_yet = (x, jnp.zeros(x.shape[0], bool), jnp.full(height.shape, -jnp.inf, height.dtype))
+    return jax.lax.fori_loop(0, self.restarts, keep_better, none_yet)[0]
+
+  def _move(self, x_adv, gradient):
+    if self.norm == "l1":
+      return norms.l1_step(x_adv, gradient, self.step_size)
+    return x_adv + self.step_size * norms.ascend(gradient, self.norm, floor=1e-6)
+
+
+def fgsm(norm: str = "linf", radius: norms.Scalar = 8 / 255, loss: str = "ce") -> PGD:
+  """The fast gradient sign method (Goodfellow et al. 2015): one step of the length of the radius, from x."""
+  return PGD(norm, radius, step_size=radius, num_steps=1, loss=loss, random_start=False)
+
+
+ATTACKS = {"pgd": PGD, "fgsm": fgsm}

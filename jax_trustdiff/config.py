@@ -1,0 +1,209 @@
+"""Recipes to objects: finding and loading recipes, `:variants`, overrides, and `build`.
+
+A recipe is a Python file with `get_config(variant: str = "") -> ConfigDict`: locked, every key present with its
+default. A section of it is `name` plus the keyword arguments of the thing it builds.
+"""
+
+import ast
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+
+from jax_trustdiff.types import InputError
+
+ConfigDict = ml_collections.ConfigDict
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+# In an installed wheel the recipes lie inside the package; in a checkout beside it.
+_RECIPE_ROOTS = (_PACKAGE, _PACKAGE.parent)
+
+
+def build(registry: Mapping[str, Callable], section: Mapping[str, Any], **extra) -> Any:
+  """The object that `section` names: registry[section['name']](**rest of the section, **extra).
+
+  InputError for a name that is not in the registry, an argument it does not take, or one it needs and misses.
+  """
+  kwargs = to_plain(section)
+  name = kwargs.pop("name")
+  if name not in registry:
+    raise InputError(f"unknown name {name!r}{_did_you_mean(name, registry)}; known: {', '.join(sorted(registry))}")
+  constructor = registry[name]
+  parameters = inspect.signature(constructor).parameters
+  for key in kwargs:
+    if key not in parameters:
+      raise InputError(
+        f"{name!r} does not take {key!r}{_did_you_mean(key, parameters)}; it takes: {', '.join(parameters)}"
+      )
+  missing = [
+    key for key, p in parameters.items() if p.default is p.empty and key not in kwargs and key not in extra
+  ]
+  if missing:
+    raise InputError(f"{name!r} needs {', '.join(missing)}")
+  return constructor(**kwargs, **extra)
+
+
+def parse_variant(variant: str, names: tuple[str, ...]) -> tuple[list[str], dict[str, Any]]:
+  """The parts of a variant string: 'cpu,model.width=2' -> (['cpu'], {'model.width': 2}).
+
+  A part without '=' must be one of `names`; a value is a Python literal, or else a string.
+  """
+  chosen, overrides = [], {}
+  for part in filter(None, (p.strip() for p in _split_outside_brackets(variant))):
+    key, equals, value = part.partition("=")
+    if equals:
+      overrides[key] = _literal(value)
+    elif part in names:
+      chosen.append(part)
+    else:
+      known = ", ".join(names) or "none"
+      raise InputError(f"unknown variant {part!r}{_did_you_mean(part, names)}; this recipe has: {known}")
+  return chosen, overrides
+
+
+def finish(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+  """`config` with the overrides of its variant applied, locked: the last line of every get_config."""
+  config.lock()
+  override(config, overrides)
+  return config
+
+
+def override(config: ConfigDict, values: Mapping[str, Any]) -> None:
+  """Sets 'section.key' -> value in place; InputError for unknown keys and wrong types."""
+  for path, value in values.items():
+    check_key(config, path)
+    *parents, last = path.split(".")
+    section = config
+    for parent in parents:
+      section = section[parent]
+    try:
+      section[last] = value
+    except (TypeError, ValueError):
+      wanted = section.get_type(last).__name__
+      raise InputError(f"config key {path!r} takes a value of type {wanted}, found {value!r}") from None
+
+
+def check_key(config: ConfigDict, path: str) -> None:
+  """InputError unless 'section.key' exists: names the part that is wrong and lists what is there."""
+  section: Any = config
+  for depth, part in enumerate(path.split(".")):
+    if not isinstance(section, ConfigDict):
+      where = ".".join(path.split(".")[:depth])
+      raise InputError(f"config key {path!r}: {where!r} is a value, not a section")
+    if part not in section:
+      where = ".".join(path.split(".")[:depth]) or "the top level"
+      raise InputError(
+        f"unknown config key {path!r}{_did_you_mean(part, section)}; keys of {where}: {', '.join(sorted(section))}"
+      )
+    section = section[part]
+
+
+def load(recipe: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+  """The config of 'configs/at_cifar.py' or 'configs/at_cifar.py:cpu,seed=3', with overrides applied.
+
+  The file is looked for below the current directory, then among the recipes installed with the package.
+  """
+  path, _, variant = recipe.partition(":")
+  file = find_recipe(path)
+  spec = importlib.util.spec_from_file_location(f"jax_trustdiff_recipe_{file.stem}", file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise InputError(f"{path}: a recipe defines get_config(variant='') and this file does not")
+  config = module.get_config(variant)
+  override(config, overrides or {})
+  return config
+
+
+def find_recipe(path: str) -> pathlib.Path:
+  """The file of a recipe: `path` itself, or the one of that name installed with the package."""
+  for candidate in (pathlib.Path(path), *(root / path for root in _RECIPE_ROOTS)):
+    if candidate.is_file():
+      return candidate.resolve()
+  known = sorted({f"configs/{p.name}" for root in _RECIPE_ROOTS for p in (root / "configs").glob("*.py")})
+  raise InputError(f"no recipe {path!r}{_did_you_mean(path, known)}; installed recipes: {', '.join(known)}")
+
+
+def to_plain(section: Any) -> Any:
+  """ConfigDicts as dicts, all the way down; tuples stay tuples."""
+  if isinstance(section, (ConfigDict, Mapping)):
+    return {key: to_plain(section[key]) for key in section}
+  return section
+
+
+def from_plain(values: Mapping[str, Any]) -> ConfigDict:
+  """The locked ConfigDict of nested dicts."""
+  return ConfigDict(dict(values)).lock()
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+  """{'section.key': value} in the order of the recipe."""
+  flat = {}
+  for key, value in to_plain(config).items():
+    if isinstance(value, dict) and value:
+      flat.update(flatten(value, f"{prefix}{key}."))
+    else:
+      flat[f"{prefix}{key}"] = value
+  return flat
+
+
+def to_json(config: Any) -> str:
+  """JSON of the config, keys sorted: the same text for the same config."""
+  return json.dumps(to_plain(config), indent=2, sort_keys=True)
+
+
+def config_hash(config: Any) -> str:
+  """Twelve hexadecimal digits of the SHA-256 of the config's JSON."""
+  return hashlib.sha256(to_json(config).encode()).hexdigest()[:12]
+
+
+def difference(old: Any, new: Any) -> list[str]:
+  """'key: old -> new' for every key in which two configs differ; both may be parsed JSON."""
+  old, new = (flatten(json.loads(to_json(c))) for c in (old, new))
+  absent = "(absent)"
+  return [
+    f"{key}: {old.get(key, absent)!r} -> {new.get(key, absent)!r}"
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key, absent) != new.get(key, absent)
+  ]
+
+
+def parse_seeds(seeds: str, default: int) -> tuple[int, ...]:
+  """'0,1,2' -> (0, 1, 2); '' -> (default,)."""
+  if not seeds:
+    return (default,)
+  try:
+    parsed = tuple(int(s) for s in seeds.strip("()").split(",") if s.strip())
+  except ValueError:
+    raise InputError(f"config key 'seeds' takes integers separated by commas, found {seeds!r}") from None
+  if len(set(parsed)) != len(parsed):
+    raise InputError(f"config key 'seeds' names a seed twice: {seeds!r}")
+  return parsed
+
+
+def _did_you_mean(word: str, known) -> str:
+  close = difflib.get_close_matches(word, list(known), n=1)
+  return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _literal(text: str) -> Any:
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+  parts, depth = [""], 0
+  for char in text:
+    depth += (char in "([{") - (char in ")]}")
+    if char == "," and depth == 0:
+      parts.append("")
+    else:
+      parts[-1] += char
+  return parts

@@ -1,0 +1,237 @@
+"""From a source to global batches on the mesh: the order of examples, two ways to feed them, and evaluation batches.
+
+The order is a pure function of the step (`EpochSampler`), so a run resumes from its step alone, and both feeds give
+the same batches. A feed hands the compiled step two things: `arrays`, which stay on the devices, and a payload for
+each dispatch of k steps; inside the step `take(arrays, payload of one step)` is the batch
+
+    {'image': uint8 [b h w c], 'label': int32 [b], 'id': int32 [b]}
+"""
+
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int64
+
+from jax_trustdiff import parallel
+from jax_trustdiff.data.sources import ImageSource
+from jax_trustdiff.types import InputError, PyTree
+
+Batch = dict[str, Any]  # {'image': ..., 'label': ..., 'id': ...}
+
+CPU_BUDGET = 2 * 2**30  # bytes of images kept in the memory of a CPU, over all its devices
+DEVICE_FRACTION = 0.25  # of an accelerator's memory may hold images
+PREFETCH_BYTES = 2**28  # batches that a streaming feed reads ahead
+
+
+class EpochSampler:
+  """The endless concatenation of one fresh permutation per epoch, cut into consecutive batches.
+
+  Batch `step` is the slice [step * b, (step + 1) * b). Every example is seen once before any is seen again; a batch
+  at the end of a permutation is filled from the next one, so all batches are full. Permutation `e` depends on
+  (seed, e) only.
+
+  `steps_per_epoch` is ceil(n / b), the number of steps that have seen every example at least once.
+  """
+
+  def __init__(self, num_examples: int, batch_size: int, seed: int = 0):
+    if num_examples < 1 or batch_size < 1:
+      raise InputError(f"a sampler needs examples and a batch size; found {num_examples} and {batch_size}")
+    self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
+    self.steps_per_epoch = -(-num_examples // batch_size)
+    self._lock, self._cache = threading.Lock(), {}
+
+  def indices(self, step: int) -> Int64[np.ndarray, "b"]:
+    """Positions in the source of the examples of batch `step`."""
+    start, stop = step * self.batch_size, (step + 1) * self.batch_size
+    pieces = []
+    while start < stop:
+      epoch, offset = divmod(start, self.num_examples)
+      length = min(stop - start, self.num_examples - offset)
+      pieces.append(self._permutation(epoch)[offset : offset + length])
+      start += length
+    return np.concatenate(pieces).astype(np.int64)
+
+  def _permutation(self, epoch: int) -> np.ndarray:
+    with self._lock:  # a streaming feed asks from several threads
+      order = self._cache.pop(epoch, None)
+      if order is None:
+        small = self.num_examples <= np.iinfo(np.int32).max
+        order = np.arange(self.num_examples, dtype=np.int32 if small else np.int64)
+        np.random.default_rng([self.seed, epoch]).shuffle(order)
+      self._cache = dict([*self._cache.items(), (epoch, order)][-2:])  # the two used last
+      return order
+
+
+class Feed(Protocol):
+  """What a training loop needs of its data."""
+
+  arrays: PyTree  # stay on the devices; an argument of the compiled step
+
+  def take(self, arrays: PyTree, payload: PyTree) -> Batch:
+    """The batch of one step, inside jit; `payload` is one row of what `next` returned."""
+
+  def start(self, step: int) -> None:
+    """The following `next` begins with the batch of `step`."""
+
+  def next(self, num_steps: int) -> PyTree:
+    """Global arrays [num_steps, ...]: the payloads of the following steps; moves on by as many."""
+
+  def state(self) -> dict:
+    """Position, as JSON."""
+
+  def restore(self, state: dict) -> None:
+    """Back to a position that `state` returned."""
+
+  def close(self) -> None:
+    """Stops reading ahead."""
+
+
+class ResidentFeed:
+  """All images as uint8 on every device of the mesh; a payload is the positions, int32 [k, b]."""
+
+  def __init__(self, source: ImageSource, sampler: EpochSampler, mesh: Mesh):
+    _check(source, sampler, mesh)
+    self.sampler, self.mesh, self.step = sampler, mesh, 0
+    self.image_shape = source.image_shape
+    # Rows are kept flat: the tiled layout of a TPU would pad 3 channels to 128.
+    self.arrays = parallel.replicate_to_devices(
+      mesh,
+      {
+        "image": np.asarray(source.images).reshape(len(source), -1),
+        "label": source.labels,
+        "id": source.ids.astype(np.int32),
+      },
+    )
+
+  def take(self, arrays: PyTree, payload: PyTree) -> Batch:
+    batch = {name: array.at[payload].get(mode="promise_in_bounds") for name, array in arrays.items()}
+    return batch | {"image": batch["image"].reshape(-1, *self.image_shape)}
+
+  def start(self, step: int) -> None:
+    self.step = step
+
+  def next(self, num_steps: int) -> PyTree:
+    rows = parallel.process_rows(self.sampler.batch_size, self.mesh)
+    steps = range(self.step, self.step + num_steps)
+    index = np.stack([self.sampler.indices(step)[rows] for step in steps]).astype(np.int32)
+    self.step += num_steps
+    return parallel.to_global(self.mesh, index, parallel.batch_sharding(self.mesh, axis=1))
+
+  def state(self) -> dict:
+    return {"next_index": self.step}
+
+  def restore(self, state: dict) -> None:
+    self.step = state["next_index"]
+
+  def close(self) -> None:
+    """Nothing is read ahead."""
+
+
+class StreamingFeed:
+  """Batches read ahead from the source by grain's threads; a payload is the batches themselves, stacked.
+
+  Item i of the underlying `grain.MapDataset` is this process's rows of batch i, so the position is grain's own
+  state, {'next_index': step}. About `prefetch_bytes` of batches are held in memory, and at least two.
+  """
+
+  def __init__(
+    self, source: ImageSource, sampler: EpochSampler, mesh: Mesh, prefetch_bytes: int = PREFETCH_BYTES
+  ):
+    import grain
+
+    _check(source, sampler, mesh)
+    self.mesh, self.arrays = mesh, {}
+    rows = parallel.process_rows(sampler.batch_size, mesh)
+    ahead = int(np.clip(prefetch_bytes // (len(rows) * int(np.prod(source.image_shape))), 2, 16))
+    options = grain.ReadOptions(num_threads=min(ahead, 8), prefetch_buffer_size=ahead)
+    self._dataset = grain.MapDataset.source(_Batches(source, sampler, rows)).to_iter_dataset(options)
+    self._iterator = iter(self._dataset)
+
+  def take(self, arrays: PyTree, payload: PyTree) -> Batch:
+    return payload
+
+  def start(self, step: int) -> None:
+    self.restore({"next_index": step})
+
+  def next(self, num_steps: int) -> PyTree:
+    batches = [next(self._iterator) for _ in range(num_steps)]
+    stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+    return parallel.to_global(self.mesh, stacked, parallel.batch_sharding(self.mesh, axis=1))
+
+  def state(self) -> dict:
+    return self._iterator.get_state()
+
+  def restore(self, state: dict) -> None:
+    self._iterator.set_state(state)
+
+  def close(self) -> None:
+    self._iterator.close()
+
+
+class _Batches:
+  """Random access to this process's rows of the batch of each step, for grain."""
+
+  def __init__(self, source: ImageSource, sampler: EpochSampler, rows: np.ndarray):
+    self.source, self.sampler, self.rows = source, sampler, rows
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def __getitem__(self, step: int) -> Batch:
+    batch = self.source.take(self.sampler.indices(step)[self.rows])
+    return batch | {"id": batch["id"].astype(np.int32)}
+
+
+def make_feed(
+  source: ImageSource,
+  sampler: EpochSampler,
+  mesh: Mesh,
+  resident: bool | str = "auto",
+  budget_bytes: int | None = None,
+) -> ResidentFeed | StreamingFeed:
+  """A ResidentFeed if the images fit `budget_bytes` on each device, else a StreamingFeed.
+
+  resident: True or False decides without looking at the size. Both feeds give the same batches.
+  budget_bytes: by default a quarter of a device's memory, as it reports it; on CPUs 2 GiB over all devices.
+  """
+  if resident not in (True, False, "auto"):
+    raise InputError(f"resident={resident!r}; expected True, False or 'auto'")
+  if resident == "auto":
+    resident = source.nbytes <= (device_budget() if budget_bytes is None else budget_bytes)
+  return (ResidentFeed if resident else StreamingFeed)(source, sampler, mesh)
+
+
+def device_budget() -> int:
+  """Bytes of images that one device may hold: see `make_feed`."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if "bytes_limit" in stats:
+    return int(stats["bytes_limit"] * DEVICE_FRACTION)
+  return CPU_BUDGET // jax.local_device_count()
+
+
+def eval_batches(source: ImageSource, batch_size: int, mesh: Mesh) -> Iterator[Batch]:
+  """The source in order, as global batches of one shape with `mask` bool [b]: False marks rows that fill up the last.
+
+  Filling rows repeat the last example: drop them with the mask, e.g. `sum(correct * mask) / len(source)`.
+  Each process reads its own rows only. There are ceil(n / b) batches.
+  """
+  parallel.check_batch(batch_size, mesh)
+  rows = parallel.process_rows(batch_size, mesh)
+  for start in range(0, len(source), batch_size):
+    index = start + rows
+    batch = source.take(np.minimum(index, len(source) - 1))
+    batch = batch | {"id": batch["id"].astype(np.int32), "mask": index < len(source)}
+    yield parallel.to_global(mesh, batch)
+
+
+def _check(source: ImageSource, sampler: EpochSampler, mesh: Mesh) -> None:
+  parallel.check_batch(sampler.batch_size, mesh)
+  if sampler.num_examples != len(source):
+    raise InputError(f"the sampler counts {sampler.num_examples} examples and the source {len(source)}")
+  if len(source) and source.ids.max() > np.iinfo(np.int32).max:
+    raise InputError(f"image id {source.ids.max()} does not fit the 32 bits an id has on the devices")

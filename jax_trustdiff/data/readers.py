@@ -1,0 +1,273 @@
+"""Files to arrays: .npy and .npz mapped into memory, image files, CIFAR's archives, TFDS records.
+
+Whatever is wrong with a file becomes an InputError that names it. Nothing here executes what it reads.
+"""
+
+import io
+import pathlib
+import pickle
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.lib import format as npy_format
+
+from jax_trustdiff.types import InputError
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class Rows:
+  """Several arrays one after the other along the first axis, or chosen rows of them; rows are read when asked for.
+
+  Indexed by integer arrays or slices, which copies those rows. The parts stay where they are (memory maps,
+  `Decoded` files), so memory holds what was asked for and no more.
+  """
+
+  def __init__(self, parts: Sequence, index: np.ndarray | None = None):
+    shapes = sorted({f"{part.dtype} {list(part.shape[1:])}" for part in parts})
+    if len(shapes) != 1:
+      raise InputError(f"the parts of one data set must agree; found images {' and '.join(shapes)}")
+    self.parts, self.index = list(parts), index
+    self.starts = np.cumsum([0] + [len(part) for part in parts])
+    self.dtype = parts[0].dtype
+    self.shape = (int(self.starts[-1]) if index is None else len(index), *parts[0].shape[1:])
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  @property
+  def nbytes(self) -> int:
+    return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+  def __getitem__(self, rows) -> np.ndarray:
+    rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
+    if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
+      raise IndexError(f"rows {rows.min()}..{rows.max()} of an array of {len(self)}")
+    flat = rows.reshape(-1) if self.index is None else self.index[rows.reshape(-1)]
+    if len(self.parts) == 1:
+      out = _gather(self.parts[0], flat)
+    else:
+      part_of = np.searchsorted(self.starts, flat, side="right") - 1
+      out = np.empty((flat.size, *self.shape[1:]), self.dtype)
+      for part in np.unique(part_of):
+        here = part_of == part
+        out[here] = _gather(self.parts[part], flat[here] - self.starts[part])
+    return out.reshape(*rows.shape, *self.shape[1:])
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    return self[:].astype(dtype or self.dtype, copy=False)
+
+  def select(self, rows: np.ndarray) -> "Rows":
+    """These rows only, still unread."""
+    return Rows(self.parts, np.asarray(rows) if self.index is None else self.index[rows])
+
+
+class Decoded:
+  """Images that `decode(position)` makes when they are asked for: a part of `Rows`."""
+
+  def __init__(self, length: int, image_shape: tuple[int, int, int], decode: Callable[[int], np.ndarray]):
+    self.shape, self.dtype, self.ndim, self.decode = (length, *image_shape), np.dtype(np.uint8), 4, decode
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+    out = np.empty((len(rows), *self.shape[1:]), np.uint8)
+    for i, row in enumerate(rows):
+      out[i] = self.decode(int(row))
+    return out
+
+
+# ---- .npy and .npz ----
+
+
+def read_npy(file: pathlib.Path) -> np.ndarray:
+  """The array of a .npy file, memory-mapped."""
+  try:
+    with open(file, "rb") as stream:
+      return _map_npy(file, stream)
+  except (ValueError, EOFError, OSError) as error:
+    raise InputError(f"{file} is damaged or no plain array: {error}") from error
+
+
+def npz_members(file: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
+  """{key: function that returns the array}: uncompressed members are memory-mapped, compressed ones are read."""
+  try:
+    with zipfile.ZipFile(file) as archive:
+      infos = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+  except (zipfile.BadZipFile, EOFError, OSError) as error:
+    raise InputError(f"{file} is not a complete .npz file: {error}") from error
+  return {info.filename.removesuffix(".npy"): lambda info=info: _npz_array(file, info) for info in infos}
+
+
+def _npz_array(file: pathlib.Path, info: zipfile.ZipInfo) -> np.ndarray:
+  try:
+    if info.compress_type != zipfile.ZIP_STORED:
+      with zipfile.ZipFile(file) as archive, archive.open(info) as stream:
+        return npy_format.read_array(stream, allow_pickle=False)
+    with open(file, "rb") as stream:
+      stream.seek(info.header_offset)
+      local = stream.read(30)  # its name and extra field may differ in length from those in the directory
+      name_length, extra_length = (int.from_bytes(local[i : i + 2], "little") for i in (26, 28))
+      stream.seek(name_length + extra_length, io.SEEK_CUR)
+      return _map_npy(file, stream)
+  except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    raise InputError(f"{file}, member {info.filename}, is damaged or no plain array: {error}") from error
+
+
+def _map_npy(file: pathlib.Path, stream) -> np.ndarray:
+  """Memory map of the .npy data that starts at the position of `stream` in `file`."""
+  version = npy_format.read_magic(stream)
+  read_header = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
+  if version not in read_header:
+    raise ValueError(f"npy format {version}")
+  shape, fortran, dtype = read_header[version](stream)
+  if dtype.hasobject:
+    raise ValueError("it holds Python objects")
+  start, size = stream.tell(), int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+  found = file.stat().st_size
+  if found < start + size:
+    raise ValueError(f"at least {start + size} bytes expected, {found} found: the file is cut short")
+  if not size:
+    return np.empty(shape, dtype)
+  return np.memmap(file, dtype, "r", start, shape, "F" if fortran else "C")
+
+
+# ---- image files ----
+
+
+def decode_image(data, where: str, size: int | None = None, channels: int = 3) -> np.ndarray:
+  """uint8 [h w channels] of an encoded image (a path or a binary stream); greyscale becomes RGB if channels is 3.
+
+  size: the shorter side is resized to it (bicubic) and the centre size x size is cut out.
+  """
+  from PIL import Image
+
+  try:
+    with Image.open(data) as image:
+      if image.mode.startswith("I") or image.mode == "F":
+        raise InputError(f"{where}: image mode {image.mode} (16 or 32 bits); expected 8 bits a channel")
+      image = image.convert("RGB" if channels == 3 else "L")
+  except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    if isinstance(error, InputError):
+      raise
+    raise InputError(f"{where} cannot be read as an image: {error}") from error
+  if size is not None and image.size != (size, size):
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+  return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def image_extent(file: pathlib.Path) -> tuple[int, int]:
+  """(height, width) of an image file, from its header."""
+  from PIL import Image
+
+  try:
+    with Image.open(file) as image:
+      return image.height, image.width
+  except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    raise InputError(f"{file} cannot be read as an image: {error}") from error
+
+
+# ---- CIFAR's own archives ----
+
+
+def archive_members(root: pathlib.Path, names: Sequence[str]) -> dict[str, bytes]:
+  """{name: content} of those `names` that are in a folder (or one level below it) or in a tar archive."""
+  if root.is_dir():
+    found = {name: [file for file in (root / name, *sorted(root.glob(f"*/{name}"))) if file.is_file()] for name in names}
+    return {name: files[0].read_bytes() for name, files in found.items() if files}
+  try:
+    with tarfile.open(root) as archive:
+      members = [member for member in archive.getmembers() if member.isfile()]
+      return {
+        name: archive.extractfile(member).read()
+        for member in members
+        if (name := pathlib.PurePosixPath(member.name).name) in names
+      }
+  except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    raise InputError(f"{root} is neither a folder nor a complete tar archive: {error}") from error
+
+
+def load_array_pickle(data: bytes, where: str) -> dict:
+  """A pickled dictionary of numbers, strings, lists and numpy arrays, keys as text.
+
+  Whatever else the pickle asks for, any function or class, is refused before it is called.
+  """
+  try:
+    content = _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
+  except InputError as error:
+    raise InputError(f"{where}: {error}") from error
+  except Exception as error:  # a damaged pickle can raise nearly anything
+    raise InputError(f"{where} is no readable pickle: {type(error).__name__}: {error}") from error
+  if not isinstance(content, dict):
+    raise InputError(f"{where} holds a {type(content).__name__}; expected a dictionary")
+  return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+  """Builds plain containers and numpy arrays, and refuses every other name."""
+
+  def find_class(self, module: str, name: str):
+    allowed = {
+      ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+      ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+      ("numpy", "ndarray"): np.ndarray,
+      ("numpy", "dtype"): np.dtype,
+      ("_codecs", "encode"): _latin1,
+    }
+    if (module, name) not in allowed:
+      raise InputError(f"refused to unpickle {module}.{name}: only numpy arrays and plain containers are read")
+    return allowed[module, name]
+
+
+def _empty_array(kind: type, shape: tuple, dtype) -> np.ndarray:
+  if kind is not np.ndarray or shape != (0,):
+    raise InputError(f"refused to build {kind} of shape {shape}")
+  return np.ndarray(shape, dtype)
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+  if encoding != "latin1":
+    raise InputError(f"refused the encoding {encoding!r}")
+  return text.encode("latin1")
+
+
+# ---- TFRecord ----
+
+
+class TFRecords:
+  """The records (bytes) of TFRecord files, by position. Framing: length u64, crc u32, data, crc u32."""
+
+  def __init__(self, files: Sequence[pathlib.Path]):
+    self.files = [np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8) for file in files]
+    self.places = []  # (file, start, stop)
+    for i, data in enumerate(self.files):
+      at = 0
+      while at < len(data):
+        length = int.from_bytes(data[at : at + 8].tobytes(), "little")
+        if at + length + 16 > len(data):
+          raise InputError(f"{files[i]} is cut short or no TFRecord file (record {len(self.places)}, byte {at})")
+        self.places.append((i, at + 12, at + 12 + length))
+        at += length + 16
+
+  def __len__(self) -> int:
+    return len(self.places)
+
+  def __getitem__(self, position: int) -> bytes:
+    file, start, stop = self.places[position]
+    return self.files[file][start:stop].tobytes()
+
+
+# ---- helpers ----
+
+
+def _gather(part, rows: np.ndarray) -> np.ndarray:
+  if isinstance(part, np.ndarray) and part.flags.c_contiguous:  # np.take would first copy any other layout whole
+    return np.take(part.view(np.ndarray), rows, axis=0)
+  return np.asarray(part[rows])

@@ -1,0 +1,198 @@
+"""Building blocks of the convolutional networks: a convolution with its own gradient, and BatchNorm.
+
+`conv_general_dilated` replaces `lax.conv_general_dilated` in every convolution of the library.
+XLA:CPU sends the gradients of a convolution that sits inside a `while` body (`fori_loop`, `scan`, a
+diffrax solve) to a naive loop that is tens of times slower than the same gradient outside. Attacks
+and samplers are such loops. Here the gradients are spelled out in operations that stay fast there.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+
+def conv_general_dilated(
+  lhs: jax.Array,
+  rhs: jax.Array,
+  window_strides: Sequence[int],
+  padding: str | Sequence[tuple[int, int]],
+  lhs_dilation: Sequence[int] | None = None,
+  rhs_dilation: Sequence[int] | None = None,
+  dimension_numbers: Any = None,
+  feature_group_count: int = 1,
+  batch_group_count: int = 1,
+  precision: Any = None,
+  preferred_element_type: Any = None,
+) -> jax.Array:
+  """The convolution of `lax.conv_general_dilated`, with gradients that stay fast in loops on the CPU.
+
+  Same arguments and the same value. Two-dimensional NHWC / HWIO convolutions without dilation and
+  groups get the gradients of this module when the program is traced for the CPU; all others, and
+  all on an accelerator, are `lax.conv_general_dilated` itself. On the CPU the special ones allow
+  reverse-mode derivatives of any order, but not `jax.jvp` (a limit of `jax.custom_vjp`).
+  """
+  numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers or NHWC)
+  plain = (
+    lhs.ndim == 4
+    and numbers == lax.conv_dimension_numbers(lhs.shape, rhs.shape, NHWC)
+    and feature_group_count == batch_group_count == 1
+    and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+    and preferred_element_type is None
+  )
+  if not (plain and _traced_for_cpu()):
+    return lax.conv_general_dilated(
+      lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
+      feature_group_count, batch_group_count, precision, preferred_element_type,
+    )  # fmt: skip
+  if isinstance(padding, str):
+    padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
+  pads = tuple((int(low), int(high)) for low, high in padding)
+  return _conv(tuple(window_strides), pads, precision, lhs, rhs)
+
+
+def _traced_for_cpu() -> bool:
+  """Whether a program traced now runs on the CPU, unless its inputs are committed to another platform.
+
+  A trace-time check keeps the jaxpr half as long as `lax.platform_dependent` would (each layer would
+  hold both versions) and works under every transformation. If it is wrong, which takes arrays
+  committed to a device that is not of the default platform, values are right and only speed suffers.
+  """
+  device = jax.config.jax_default_device
+  if device is None:
+    return jax.default_backend() == "cpu"
+  return (device if isinstance(device, str) else device.platform) == "cpu"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _conv(strides: tuple[int, int], pads: Pads, precision: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=NHWC, precision=precision)
+
+
+def _conv_fwd(strides, pads, precision, x, kernel):
+  return _conv(strides, pads, precision, x, kernel), (x, kernel)
+
+
+def _conv_bwd(strides, pads, precision, residuals, dy):
+  x, kernel = residuals
+  dx = _input_gradient(strides, pads, precision, x.shape, kernel, dy)
+  return dx, _kernel_gradient(strides, pads, precision, x, kernel, dy)
+
+
+_conv.defvjp(_conv_fwd, _conv_bwd)
+
+
+def _input_gradient(strides, pads, precision, shape, kernel, dy) -> jax.Array:
+  """The gradient with respect to the input: `dy`, dilated by the strides, convolved with the flipped kernel.
+
+  The barrier hides the flip from XLA, which would fold it back into the slow form. A 1x1 kernel
+  needs no convolution: one matrix product, then dilation.
+  """
+  padding = []
+  for n, k, stride, (low, _), m in zip(shape[1:3], kernel.shape, strides, pads, dy.shape[1:3], strict=False):
+    dilated = (m - 1) * stride + 1
+    padding.append((k - 1 - low, n + low - dilated))
+  if kernel.shape[:2] == (1, 1):
+    dx = lax.dot_general(dy, kernel[0, 0], (((3,), (1,)), ((), ())), precision=precision)
+    edges = [(*pad, stride - 1) for pad, stride in zip(padding, strides, strict=True)]
+    return lax.pad(dx, jnp.zeros((), dx.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+  flipped = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+  return lax.conv_general_dilated(
+    dy, flipped, (1, 1), padding, lhs_dilation=strides, dimension_numbers=NHWC, precision=precision
+  )
+
+
+def _kernel_gradient(strides, pads, precision, x, kernel, dy) -> jax.Array:
+  """The gradient with respect to the kernel: for each tap, one matrix product of shifted input and `dy`.
+
+  Written with matrices, not with three contracted axes, which took up to 1.6 times as long.
+  """
+  x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)))
+  rows, columns = ((m - 1) * stride + 1 for m, stride in zip(dy.shape[1:3], strides, strict=True))
+  dy = dy.reshape(-1, dy.shape[3])
+  taps = []
+  for i in range(kernel.shape[0]):
+    for j in range(kernel.shape[1]):
+      stop = (x.shape[0], i + rows, j + columns, x.shape[3])
+      shifted = lax.slice(x, (0, i, j, 0), stop, (1, *strides, 1)).reshape(-1, x.shape[3])
+      taps.append(
+        lax.dot_general(
+          shifted, dy, (((0,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+        )
+      )
+  return jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def conv(
+  features: int, size: int, stride: int = 1, *, name: str, padding: Any = "SAME", dtype: Any = jnp.float32
+) -> nn.Conv:
+  """A size x size convolution without bias; kernel drawn from N(0, 2 / (size * size * features))."""
+  return nn.Conv(
+    features,
+    (size, size),
+    strides=(stride, stride),
+    padding=padding,
+    use_bias=False,
+    dtype=dtype,
+    kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+    conv_general_dilated=conv_general_dilated,
+    name=name,
+  )
+
+
+def linear(features: int, *, name: str) -> nn.Dense:
+  """A float32 linear layer; weights uniform in +-1/sqrt(fan in) as in torch, bias zero."""
+  init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+  return nn.Dense(features, dtype=jnp.float32, kernel_init=init, name=name)
+
+
+class BatchNorm(nn.Module):
+  """`(x - mean) / sqrt(var + eps) * scale + bias` per channel, computed in float32, returned in x's dtype.
+
+  Evaluation: mean and var are the running statistics in the collection 'batch_stats'. Training: they
+  are the moments of this batch (biased variance); the moments, with the unbiased variance as torch
+  keeps it, are stored in the collection 'moments', which has the structure of 'batch_stats', and
+  nothing is updated. Under `jit` with a batch sharded over devices the moments are those of the
+  whole batch. `groups` > 1 (ghost BatchNorm): consecutive groups of examples are normalised each by
+  its own moments, and the stored moments are the averages over the groups.
+  Raises ValueError if the batch is not divisible by `groups`, or has a single value per channel.
+  """
+
+  eps: float = 1e-5
+  groups: int = 1
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+    channels = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+    mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+    var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+    if not train:
+      gain = scale * lax.rsqrt(var.value + self.eps)
+      return ((x.astype(jnp.float32) - mean.value) * gain + bias).astype(x.dtype)
+    if x.shape[0] % self.groups:
+      raise ValueError(f"BatchNorm: a batch of {x.shape[0]} does not split into {self.groups} equal groups")
+    grouped = x.astype(jnp.float32).reshape(self.groups, -1, *x.shape[1:])
+    count = grouped.size // (self.groups * channels)
+    if count < 2:
+      raise ValueError(f"BatchNorm: training needs more than one value per channel, got shape {x.shape}")
+    axes = (1, 2, 3)
+    batch_mean = grouped.mean(axes, keepdims=True)
+    centred = grouped - batch_mean
+    batch_var = jnp.square(centred).mean(axes, keepdims=True)
+    self._store("mean", batch_mean.reshape(self.groups, channels).mean(0))
+    self._store("var", batch_var.reshape(self.groups, channels).mean(0) * (count / (count - 1)))
+    y = centred * (scale * lax.rsqrt(batch_var + self.eps)) + bias
+    return y.reshape(x.shape).astype(x.dtype)
+
+  def _store(self, name: str, value: jax.Array):
+    self.sow("moments", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)

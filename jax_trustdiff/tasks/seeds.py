@@ -1,0 +1,42 @@
+"""One run, or one for each of several seeds with the mean and the interval of every metric."""
+
+from collections.abc import Callable
+
+from jax_trustdiff import config as config_lib
+from jax_trustdiff.evaluation import statistics
+from jax_trustdiff.training.progress import say
+from jax_trustdiff.training.workdir import Workdir
+from jax_trustdiff.types import InputError
+
+
+def run(task: Callable[..., dict[str, float]], config, workdir: Workdir) -> dict[str, float]:
+  """The metrics of `task(config, workdir)`; with config.seeds = '0,1,2' those of seed-0/, seed-1/, seed-2/ together.
+
+  Then every metric is the mean over the seeds and '<metric>/interval' the half-width of its 95 % Student interval.
+  Each seed is a run of its own in workdir/seed-<seed>, with its own result.json; finished ones are not run again.
+  """
+  seeds = config_lib.parse_seeds(config.seeds, config.seed)
+  if len(seeds) == 1:
+    if config.seeds:
+      raise InputError(f"config key 'seeds' names several seeds, found {config.seeds!r}; for one set config.seed")
+    return task(config, workdir)
+  results = []
+  for seed in seeds:
+    part = config_lib.from_plain(config_lib.to_plain(config) | {"seed": seed, "seeds": ""})
+    folder = workdir.sub(f"seed-{seed}", part)
+    folder.check()
+    found = folder.finished_metrics()
+    if found is None:
+      say(f"seed {seed}")
+      try:
+        found = task(part, folder)
+        folder.write_result(found)
+      finally:
+        folder.close()
+    results.append(found)
+  workdir.open()
+  metrics = {}
+  for name in results[0]:
+    mean, half_width = statistics.mean_interval([float(r[name]) for r in results])
+    metrics |= {name: mean, f"{name}/interval": half_width}
+  return metrics

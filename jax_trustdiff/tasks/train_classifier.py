@@ -1,0 +1,163 @@
+"""Trains a classifier, standard or adversarially, evaluates it, reports and exports it.
+
+"Better Diffusion Models Further Improve Adversarial Training" (Wang et al., ICML 2023, arXiv:2302.04638) without its
+generated data: TRADES or another objective, weight averaging, one-cycle schedule, the best checkpoint by validation
+PGD accuracy.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_trustdiff import config as config_lib
+from jax_trustdiff import parallel
+from jax_trustdiff.data import augment, pipeline
+from jax_trustdiff.interop import export
+from jax_trustdiff.models.registry import bind, forward_flops, num_params
+from jax_trustdiff.robustness import objectives
+from jax_trustdiff.tasks import classifiers, reports
+from jax_trustdiff.training import loop, optimizers, state
+from jax_trustdiff.training.checkpoints import Checkpoints
+from jax_trustdiff.training.progress import say
+from jax_trustdiff.training.workdir import Workdir
+from jax_trustdiff.types import Classifier, to_unit
+
+
+def run(config, workdir: Workdir) -> dict[str, float]:
+  """Trains to the end, or goes on from the workdir's checkpoint, and returns the metrics of the test images.
+
+  clean_accuracy and <attack>_accuracy are those of the best checkpoint, which is exported; last/... those of the
+  final one. All use averaged parameters and the running statistics of the raw ones.
+  """
+  mesh = parallel.make_mesh(config.mesh.data, config.mesh.model, config.mesh.shard)
+  data = classifiers.load_data(config)
+  network = classifiers.build_network(config.model, data.train)
+  trainer = build_trainer(config, network, data, mesh)
+  test, validation = (
+    classifiers.Evaluator(
+      network, source, attack, config.eval.batch_size, mesh, seed=config.seed, precise=source is data.test
+    )
+    for source, attack in ((data.test, config.eval.attack), (data.validation, config.eval.validation_attack))
+  )
+  variables = classifiers.initial_variables(config, network)
+
+  workdir.open()
+  fresh = state.create_sharded(
+    network.init, trainer.optimizer, jax.random.key(config.seed), mesh, config.mesh.rules
+  )
+  if variables is not None:
+    fresh = state.with_variables(fresh, variables)
+  _say_size(network, fresh, data, trainer)
+  name = classifiers.attack_name(config.eval.validation_attack)
+
+  def validate(train_state):
+    found = validation(train_state.ema_variables)
+    return {"clean_accuracy": found["clean"].mean(), f"{name}_accuracy": found["robust"].mean()}
+
+  checkpoints = Checkpoints(workdir / "checkpoints")
+  last = loop.fit(
+    fresh,
+    trainer.step,
+    trainer.feed,
+    trainer.schedule,
+    workdir,
+    checkpoints,
+    config.train.batch_size,
+    validate=validate if len(data.validation) else None,
+    score=f"{name}_accuracy",
+    profile=loop.parse_profile(config.train.profile),
+  )
+  best, best_meta = checkpoints.restore_best(last) or (last, {"step": trainer.schedule.num_steps})
+  checkpoints.close()
+  trainer.feed.close()
+
+  best_variables = parallel.gather_to_host(best.ema_variables)
+  verdicts = test(best_variables, f"test image ({classifiers.attack_name(config.eval.attack)})")
+  metrics = _accuracies(verdicts, config) | {"best_step": best_meta["step"]}
+  if best_meta["step"] != trainer.schedule.num_steps:
+    final = test(parallel.gather_to_host(last.ema_variables), "test image, last checkpoint")
+  else:
+    final = verdicts
+  metrics |= {f"last/{key}": value for key, value in _accuracies(final, config).items()}
+  if parallel.is_main_process():
+    export.save_export(
+      workdir / "export", classifiers.model_section(config, network), best_variables, {"metrics": metrics}
+    )
+    reports.classifier_report(config, workdir, bind(network, best_variables), data, verdicts, metrics)
+  return metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+  """The parts of a run that `loop.fit` needs."""
+
+  step: state.StepFn
+  optimizer: object  # optax.GradientTransformation
+  feed: pipeline.Feed
+  schedule: loop.Schedule
+
+
+def build_trainer(config, network: Classifier, data: classifiers.ClassifierData, mesh) -> Trainer:
+  """The training step of `config.objective` on `data`; InputError for anything that does not fit."""
+  batch_size, accumulate = config.train.batch_size, config.train.accumulate
+  parallel.check_batch(batch_size, mesh)
+  parallel.check_batch(batch_size // accumulate if batch_size % accumulate == 0 else -1, mesh)
+  sampler = pipeline.EpochSampler(len(data.train), batch_size, config.seed)
+  # The epoch counts the images before validation was cut off, as the original does (Wang et al. 2023, released code).
+  steps_per_epoch = math.ceil(data.epoch_images / batch_size)
+  num_epochs = config.train.num_epochs
+  schedule = config_lib.build(
+    optimizers.SCHEDULES, config.schedule, num_epochs=num_epochs, steps_per_epoch=steps_per_epoch
+  )
+  optimizer = config_lib.build(optimizers.OPTIMIZERS, config.optimizer, schedule=schedule)
+  objective = config_lib.build(objectives.OBJECTIVES, config.objective)
+  transform = config_lib.build(augment.AUGMENTATIONS, config.augment)
+  warmup_steps = (
+    config.train.ema_warmup_fraction * num_epochs * (data.epoch_images // batch_size + 1)
+  )  # floor + 1: the original's count
+
+  def loss_fn(params, batch_stats, batch, key, step):
+    augment_key, attack_key = jax.random.split(key)
+    x = to_unit(transform(batch["image"], augment_key))
+    variables = {"params": params, "batch_stats": batch_stats}
+    x_adv = objective.attack(network, jax.lax.stop_gradient(variables), x, batch["label"], attack_key)
+    loss, moments, metrics = objective.loss(network, variables, x, jax.lax.stop_gradient(x_adv), batch["label"])
+    momentum = jnp.where(step == 0, 1.0, config.train.bn_momentum)  # the first batch replaces the initial statistics
+    batch_stats = objectives.move_statistics(batch_stats, jax.lax.stop_gradient(moments), momentum)
+    metrics = {name: value.mean() for name, value in metrics.items()}
+    rate = {"learning_rate": schedule.learning_rate(step), "momentum": schedule.momentum(step)}
+    return loss.mean(), (batch_stats, metrics | rate)
+
+  def decay(t):
+    return optimizers.ema_decay(t, config.train.ema_decay, warmup_steps)
+
+  every = config.train.validate_every_epochs
+  return Trainer(
+    step=state.make_train_step(loss_fn, optimizer, decay, accumulate),
+    optimizer=optimizer,
+    feed=pipeline.make_feed(data.train, sampler, mesh, config.train.resident),
+    schedule=loop.Schedule(
+      num_steps=num_epochs * steps_per_epoch,
+      log_every=config.train.log_every,
+      checkpoint_every=config.train.checkpoint_every,
+      validate_every=every * steps_per_epoch if len(data.validation) else 0,
+      steps_per_dispatch=config.train.steps_per_dispatch,
+    ),
+  )
+
+
+def _accuracies(verdicts: dict[str, np.ndarray], config) -> dict[str, float]:
+  robust = f"{classifiers.attack_name(config.eval.attack)}_accuracy"
+  return {"clean_accuracy": float(verdicts["clean"].mean()), robust: float(verdicts["robust"].mean())}
+
+
+def _say_size(network: Classifier, fresh: state.TrainState, data: classifiers.ClassifierData, trainer: Trainer) -> None:
+  count = num_params({"params": fresh.params})
+  say(
+    f"{count:,} parameters, {forward_flops(network) / 2e9:.3g} GMAC an image; {len(data.train):,} training, "
+    f"{len(data.validation):,} validation, {len(data.test):,} test images; {trainer.schedule.num_steps:,} steps on "
+    f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
+  )

@@ -1,0 +1,130 @@
+"""The training state and the one training step that every trainer of the library uses."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_trustdiff import parallel
+from jax_trustdiff.types import PyTree, Variables
+
+# (params, batch_stats, batch, key, step) -> (scalar loss, (new batch_stats, metrics: dict of scalars))
+LossFn = Callable[[PyTree, PyTree, Any, jax.Array, jax.Array], tuple[jax.Array, tuple[PyTree, dict]]]
+StepFn = Callable[["TrainState", Any], tuple["TrainState", dict]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything a run needs to go on exactly where it was."""
+
+  # Not annotated as arrays: checkpointing and eval_shape build this class of shapes too.
+  step: PyTree  # [] int32, optimizer steps taken
+  key: PyTree  # [] typed key of the run, never changed: the key of step s is fold_in(key, s)
+  params: PyTree  # float32
+  batch_stats: PyTree  # running statistics of batch normalisation, float32; {} without
+  ema: PyTree  # averaged parameters, float32
+  opt_state: PyTree
+
+  @property
+  def ema_variables(self) -> Variables:
+    """The averaged parameters with the running statistics of the raw model: what is evaluated and exported."""
+    return {"params": self.ema, "batch_stats": self.batch_stats}
+
+
+def create(
+  init: Callable[[jax.Array], Variables], optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+  """A fresh state: parameters from one half of `key`, the run's own key from the other."""
+  init_key, run_key = jax.random.split(key)
+  variables = init(init_key)
+  params = variables["params"]
+  return TrainState(
+    step=jnp.zeros([], jnp.int32),
+    key=run_key,
+    params=params,
+    batch_stats=variables.get("batch_stats", {}),
+    ema=jax.tree.map(jnp.copy, params),
+    opt_state=optimizer.init(params),
+  )
+
+
+def create_sharded(
+  init: Callable[[jax.Array], Variables],
+  optimizer: optax.GradientTransformation,
+  key: jax.Array,
+  mesh: jax.sharding.Mesh,
+  rules: tuple[tuple[str, Any], ...],
+) -> TrainState:
+  """`create`, with every array born in its shards: shapes first, then shardings by path, then the values."""
+  make = lambda key: create(init, optimizer, key)  # noqa: E731
+  return jax.jit(make, out_shardings=parallel.shardings(mesh, jax.eval_shape(make, key), rules))(key)
+
+
+def with_variables(state: TrainState, variables: Variables) -> TrainState:
+  """`state` with its parameters, their average and the statistics replaced, each leaf put where it was."""
+
+  params = variables["params"]
+  return dataclasses.replace(
+    state,
+    params=parallel.place(params, state.params),
+    ema=parallel.place(params, state.ema),
+    batch_stats=parallel.place(variables.get("batch_stats", {}), state.batch_stats),
+  )
+
+
+def make_train_step(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  decay: Callable[[jax.Array], jax.Array],
+  accumulate: int = 1,
+) -> StepFn:
+  """The step (state, batch) -> (state, metrics): loss, gradient, update, average; nothing is compiled here.
+
+  decay(t) is the factor of the parameter average at step t = 1, 2, ... (`optimizers.ema_decay`).
+  accumulate > 1 splits the batch into that many micro-batches, one after the other: gradients and metrics are
+  averaged, each micro-batch has its own key and its own batch-normalisation statistics (ghost batch
+  normalisation), and running statistics move once per micro-batch.
+  """
+  value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def micro_step(params, batch_stats, batch, key, step):
+    (loss, (batch_stats, metrics)), grads = value_and_grad(params, batch_stats, batch, key, step)
+    return grads, batch_stats, {"loss": loss, **metrics}
+
+  def accumulated(params, batch_stats, batch, key, step):
+    # Row i*accumulate + a goes to micro-batch a, so that rows sharded over devices stay where they are.
+    split = jax.tree.map(
+      lambda x: jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1), batch
+    )
+
+    def body(carry, item):
+      total, batch_stats = carry
+      index, micro = item
+      grads, batch_stats, metrics = micro_step(params, batch_stats, micro, jax.random.fold_in(key, index), step)
+      return (jax.tree.map(jnp.add, total, grads), batch_stats), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (grads, batch_stats), metrics = jax.lax.scan(body, (zeros, batch_stats), (jnp.arange(accumulate), split))
+    return jax.tree.map(lambda g: g / accumulate, grads), batch_stats, jax.tree.map(jnp.mean, metrics)
+
+  def train_step(state: TrainState, batch) -> tuple[TrainState, dict]:
+    key = jax.random.fold_in(state.key, state.step)
+    grads_of = accumulated if accumulate > 1 else micro_step
+    grads, batch_stats, metrics = grads_of(state.params, state.batch_stats, batch, key, state.step)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    factor = decay(state.step + 1)
+    ema = jax.tree.map(lambda e, p: (factor * e + (1 - factor) * p).astype(e.dtype), state.ema, params)
+    metrics = {**metrics, "grad_norm": _global_norm(grads)}
+    new_state = TrainState(state.step + 1, state.key, params, batch_stats, ema, opt_state)
+    return new_state, metrics
+
+  return train_step
+
+
+def _global_norm(tree: PyTree) -> jax.Array:
+  return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))

@@ -1,0 +1,148 @@
+"""A run's folder: its config, its lock, its metrics and its result.
+
+    workdir/ config.json  metrics.jsonl  result.json  checkpoints/  export/  report/
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+import jax_trustdiff
+from jax_trustdiff import config as config_lib
+from jax_trustdiff import parallel
+from jax_trustdiff.types import InputError
+
+
+class Workdir:
+  """The folder `path` of the run of `config`. Nothing is written before `open`.
+
+  In a multi-host run only process 0 writes; the others hold the same object and their writes do nothing.
+  """
+
+  def __init__(self, path: str | os.PathLike, config: Any, parent: "Workdir | None" = None):
+    self.path = pathlib.Path(os.path.abspath(path))
+    self._config = config
+    self._parent = parent
+    self._lock = None
+    self._started = time.time()
+
+  def __truediv__(self, name: str) -> pathlib.Path:
+    return self.path / name
+
+  def sub(self, name: str, config: Any) -> "Workdir":
+    """The folder of a run that is part of this one; opening it opens this one."""
+    return Workdir(self.path / name, config, parent=self)
+
+  def check(self) -> None:
+    """InputError if this folder belongs to another config, is not a run's folder, or is in use. Writes nothing."""
+    if not self.path.exists():
+      return
+    if not self.path.is_dir():
+      raise InputError(f"workdir {self.path} is a file")
+    file = self / "config.json"
+    if file.exists():
+      changed = config_lib.difference(json.loads(file.read_text()), self._config)
+      if changed:
+        shown = "; ".join(changed[:8]) + ("; ..." if len(changed) > 8 else "")
+        raise InputError(f"workdir {self.path} holds a run of another config ({shown}): take another --workdir")
+    elif any(not p.name.startswith(".") for p in self.path.iterdir()):
+      raise InputError(f"workdir {self.path} is not empty and holds no config.json: it is not a run's folder")
+    if parallel.is_main_process() and self._lock is None and (self / ".lock").exists():
+      with open(self / ".lock") as file:
+        _flock(file, self.path)
+
+  def open(self) -> None:
+    """Creates the folder, takes its lock and writes config.json; InputError as `check`. Opening twice is fine."""
+    if self._parent is not None:
+      self._parent.open()
+    self.check()
+    if not parallel.is_main_process() or self._lock is not None:
+      return
+    self.path.mkdir(parents=True, exist_ok=True)
+    self._lock = open(self / ".lock", "w")
+    _flock(self._lock, self.path)
+    if not (self / "config.json").exists():
+      write_atomically(self / "config.json", config_lib.to_json(self._config) + "\n")
+
+  def close(self) -> None:
+    """Gives the lock back (the system does so too when the process dies)."""
+    if self._lock is not None:
+      self._lock.close()
+      self._lock = None
+
+  def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+    """One line of metrics.jsonl."""
+    if parallel.is_main_process():
+      with open(self / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+  def read_metrics(self) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl, a torn last one left out."""
+    file = self / "metrics.jsonl"
+    return [line for line in map(_parse_line, file.read_text().splitlines()) if line] if file.exists() else []
+
+  def forget_metrics_after(self, step: int) -> None:
+    """Drops the lines past `step`: a resumed run writes them again."""
+    file = self / "metrics.jsonl"
+    if parallel.is_main_process() and file.exists():
+      kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
+      write_atomically(file, "".join(kept))
+
+  def finished_metrics(self) -> dict[str, Any] | None:
+    """The metrics of result.json, or None while the run is not finished."""
+    file = self / "result.json"
+    return json.loads(file.read_text())["metrics"] if file.exists() else None
+
+  def information(self) -> dict[str, Any]:
+    """Task, config hash, seed, versions, device and the seconds since this object was made."""
+    device = jax.devices()[0]
+    return {
+      "task": self._config.task,
+      "config_hash": config_lib.config_hash(self._config),
+      "seed": self._config.seed,
+      "versions": {
+        name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")
+      }
+      | {"jax_trustdiff": jax_trustdiff.__version__, "python": platform.python_version()},
+      "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
+      "seconds": round(time.time() - self._started, 1),
+    }
+
+  def write_result(self, metrics: Mapping[str, Any]) -> None:
+    """result.json: `information` and the flat dict `metrics`."""
+    if parallel.is_main_process():
+      result = self.information() | {"metrics": dict(metrics)}
+      write_atomically(self / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  """Writes a text file whole or not at all."""
+  temporary = path.with_name(f".{path.name}.tmp")
+  with open(temporary, "w") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def _flock(file, path: pathlib.Path) -> None:
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.close()
+    raise InputError(f"workdir {path} is in use by another process") from None
+
+
+def _parse_line(line: str) -> dict | None:
+  try:
+    return json.loads(line)
+  except json.JSONDecodeError:
+    return None

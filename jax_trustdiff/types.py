@@ -1,0 +1,85 @@
+"""The two currencies of the library, the ranges of images, and the error for bad input.
+
+    DenoiseFn = Callable[[Signed, Sigma], Signed]   # D(x, sigma): estimate of the clean image
+    LogitsFn  = Callable[[Unit], Logits]            # a classifier with its parameters bound
+
+Images are NHWC. `Unit` images lie in [0, 1] (classifiers, attacks), `Signed` images in [-1, 1]
+(diffusion), and images on disk are uint8. Convert with `to_unit` and `to_signed` only.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+PyTree = Any
+Variables = dict[str, Any]  # {'params': ..., 'batch_stats': ...}, nested dicts of arrays
+
+Unit = Float[Array, "b h w c"]
+Signed = Float[Array, "b h w c"]
+Bytes = UInt8[Array, "b h w c"]
+Sigma = Float[Array, "b"]
+Logits = Float[Array, "b k"]
+Labels = Int[Array, "b"]
+Bits = Int[Array, "b n"]
+PerExample = Float[Array, "b"]
+KeyOrKeys = Key[Array, ""] | Key[Array, "b"]  # one key for the batch, or one for each image
+
+DenoiseFn = Callable[[jax.Array, jax.Array], jax.Array]
+LogitsFn = Callable[[jax.Array], jax.Array]
+
+
+class InputError(ValueError):
+  """Something the user gave is wrong: one line that says what was found and what would be right.
+
+  The command line prints the message after `error: ` and exits with code 2; no traceback.
+  """
+
+
+class RunError(RuntimeError):
+  """A run cannot go on: one line that says why and what is left (exit code 1)."""
+
+
+class Stopped(Exception):
+  """A run was asked to stop, has saved, and can be started again (SIGTERM or Ctrl-C)."""
+
+  def __init__(self, message: str, exit_code: int):
+    super().__init__(message)
+    self.exit_code = exit_code
+
+
+class Classifier(Protocol):
+  """A network as the rest of the library sees it: pure functions of explicit variables."""
+
+  num_classes: int
+  image_shape: tuple[int, int, int]  # (h, w, c)
+
+  def init(self, key: jax.Array) -> Variables:
+    """Fresh variables: {'params': ..., 'batch_stats': ...}."""
+
+  def logits(self, variables: Variables, x: jax.Array) -> jax.Array:
+    """Evaluation mode, running statistics: Unit [b h w c] -> Logits [b k] in float32."""
+
+  def train_logits(self, variables: Variables, x: jax.Array) -> tuple[jax.Array, PyTree]:
+    """Training mode, statistics of this batch: (Logits [b k] float32, batch moments).
+
+    The moments have the tree structure of variables['batch_stats'] (unbiased variances, as torch
+    keeps them); nothing is updated. The caller moves its running statistics with
+    `(1 - momentum) * running + momentum * moments`.
+    """
+
+
+def to_unit(x: jax.Array) -> jax.Array:
+  """`x` as float32 in [0, 1], from uint8 (divided by 255) or from Signed floats in [-1, 1]."""
+  if x.dtype == jnp.uint8:
+    return x.astype(jnp.float32) / 255
+  return (x + 1) / 2
+
+
+def to_signed(x: jax.Array) -> jax.Array:
+  """`x` as float32 in [-1, 1], from uint8 (divided by 127.5, minus 1) or from Unit floats in [0, 1]."""
+  if x.dtype == jnp.uint8:
+    return x.astype(jnp.float32) / 127.5 - 1
+  return x * 2 - 1
