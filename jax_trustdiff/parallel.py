@@ -47,7 +47,9 @@ def start_distributed(
   if coordinator is not None or num_processes is not None or process_id is not None:
     missing = [name for name, value in given.items() if value is None]
     if missing:
-      raise InputError(f"a multi-process start needs coordinator, num_processes and process_id; missing: {missing}")
+      raise InputError(
+        f"a multi-process start needs coordinator, num_processes and process_id; missing: {missing}"
+      )
     arguments = _checked(coordinator, num_processes, process_id)
   else:
     arguments = environment_start(os.environ)
@@ -61,14 +63,16 @@ def environment_start(env: Mapping[str, str]) -> dict | None:
   """Arguments for `jax.distributed.initialize` as the environment asks, or None for a process on its own.
 
   In this order:
-  * JAX_COORDINATOR_ADDRESS (host:port) with JAX_NUM_PROCESSES and JAX_PROCESS_ID; JAX_NUM_PROCESSES=1 means alone.
-    Without the latter two, jax asks the cluster it finds itself in.
+  * JAX_COORDINATOR_ADDRESS (host:port) with JAX_NUM_PROCESSES and JAX_PROCESS_ID; JAX_NUM_PROCESSES=1 means
+    alone. Without the latter two, jax asks the cluster it finds itself in.
   * SLURM: a step started by `srun` with more than one task.
   * Cloud TPU: several workers (TPU_WORKER_HOSTNAMES, TPU_PROCESS_ADDRESSES, the metadata server) or slices.
   * Kubernetes: a pod of an Indexed Job (JOB_COMPLETION_INDEX); jax asks the cluster's API, which needs the
     package `kubernetes`.
   """
-  address, count, index = (env.get(f"JAX_{n}") for n in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"))
+  address, count, index = (
+    env.get(f"JAX_{n}") for n in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+  )
   if count == "1":
     return None
   if address:
@@ -78,7 +82,9 @@ def environment_start(env: Mapping[str, str]) -> dict | None:
       return {"coordinator_address": address}
     return _checked(address, _integer("JAX_NUM_PROCESSES", count), _integer("JAX_PROCESS_ID", index))
   if count or index:
-    raise InputError("JAX_NUM_PROCESSES and JAX_PROCESS_ID need JAX_COORDINATOR_ADDRESS (host:port of process 0)")
+    raise InputError(
+      "JAX_NUM_PROCESSES and JAX_PROCESS_ID need JAX_COORDINATOR_ADDRESS (host:port of process 0)"
+    )
   if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
     tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
     if int(tasks) > 1:
@@ -116,7 +122,7 @@ def make_mesh(data: int = -1, model: int = 1, shard: int = 1) -> Mesh:
   known = math.prod(size for size in sizes if size != -1)
   if found % known or (-1 not in sizes and known != found):
     raise InputError(
-      f"mesh {asked} does not fit {found} device(s): the sizes must multiply to {found} (-1 takes what remains)"
+      f"mesh {asked} does not fit {found} device(s): the sizes must multiply to {found} (-1: what remains)"
     )
   sizes = [found // known if size == -1 else size for size in sizes]
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -220,9 +226,13 @@ def gather_to_host(tree: PyTree) -> PyTree:
 
 def _checked(coordinator: str, num_processes: int, process_id: int) -> dict:
   if not re.fullmatch(r".+:\d+", coordinator):
-    raise InputError(f"the coordinator is host:port of process 0, e.g. '10.0.0.1:1234'; found {coordinator!r}")
+    raise InputError(
+      f"the coordinator is host:port of process 0, e.g. '10.0.0.1:1234'; found {coordinator!r}"
+    )
   if not 0 <= process_id < num_processes:
-    raise InputError(f"process_id {process_id} is not in 0..{num_processes - 1} (num_processes={num_processes})")
+    raise InputError(
+      f"process_id {process_id} is not in 0..{num_processes - 1} (num_processes={num_processes})"
+    )
   return {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
 
 
@@ -265,17 +275,25 @@ def _partition(mesh: AnyMesh, name: str, shape: tuple[int, ...], rule: Rule) -> 
     largest = max(fits, key=lambda i: (shape[i], i))
     return PartitionSpec(*([None] * largest), "model")
   if isinstance(rule, str) or not isinstance(rule, Sequence):
-    raise InputError(f"unknown sharding rule {rule!r} for {name}: use 'replicate', 'fsdp' or a tuple of axis names")
+    raise InputError(
+      f"unknown sharding rule {rule!r} for {name}: use 'replicate', 'fsdp' or a tuple of axis names"
+    )
   if len(rule) > len(shape):
-    raise InputError(f"sharding rule {tuple(rule)} has more entries than {name} of shape {shape} has dimensions")
+    raise InputError(
+      f"sharding rule {tuple(rule)} has more entries than {name} of shape {shape} has dimensions"
+    )
   for size, entry in zip(shape, rule, strict=False):
     axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
     unknown = [axis for axis in axes if axis not in mesh.shape]
     if unknown:
-      raise InputError(f"sharding rule {tuple(rule)} for {name}: no mesh axis {unknown[0]!r}, only {list(mesh.shape)}")
+      raise InputError(
+        f"sharding rule {tuple(rule)} for {name}: no mesh axis {unknown[0]!r}, only {list(mesh.shape)}"
+      )
     pieces = math.prod(mesh.shape[axis] for axis in axes)
     if size % pieces:
-      raise InputError(f"sharding rule {tuple(rule)}: {name} of shape {shape} is not divisible by {pieces} there")
+      raise InputError(
+        f"sharding rule {tuple(rule)}: {name} of shape {shape} is not divisible by {pieces} there"
+      )
   return PartitionSpec(*rule)
 
 

@@ -8,7 +8,7 @@ Images are NHWC. `Unit` images lie in [0, 1] (classifiers, attacks), `Signed` im
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ class Stopped(Exception):
     self.exit_code = exit_code
 
 
+@runtime_checkable
 class Classifier(Protocol):
   """A network as the rest of the library sees it: pure functions of explicit variables."""
 

@@ -3,15 +3,16 @@
 #
 #   export NAME=at ZONE=us-central2-b TYPE=v4-32 VERSION=tpu-ubuntu2204-base
 #   launch/tpu_vm.sh create
-#   launch/tpu_vm.sh setup                                          copies this checkout, installs it; again after edits
+#   launch/tpu_vm.sh setup                      copies this checkout and installs it; again after every edit
 #   launch/tpu_vm.sh run --config=configs/at_cifar.py --workdir=/mnt/runs/at_cifar
 #   launch/tpu_vm.sh delete
 #
 # --dry_run as the first argument, or DRY_RUN=1, prints the commands and starts nothing.
-# VERSION: tpu-ubuntu2204-base for v4 and before, v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e
-# for v6e. PROJECT: the Google Cloud project, if not gcloud's default. SPOT=1: a spot slice, cheaper and preemptible.
-# On more than one host the workdir is on a file system that all hosts see (Filestore, for example). The processes find
-# each other through the TPU's own variables. A run that was interrupted goes on when it is started again.
+# VERSION: tpu-ubuntu2204-base for v4 and before, v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv5 for v5p,
+# v2-alpha-tpuv6e for v6e. PROJECT: the Google Cloud project, if not gcloud's default. SPOT=1: a spot slice,
+# cheaper and preemptible. On more than one host the workdir is on a file system that all hosts see
+# (Filestore, for example). The processes find each other through the TPU's own variables. A run that was
+# interrupted goes on when it is started again.
 set -euo pipefail
 
 usage="usage: NAME=... ZONE=... launch/tpu_vm.sh [--dry_run] create|setup|run|delete [arguments of the run]"
@@ -57,7 +58,9 @@ case $action in
       --exclude=__pycache__ .
     tpu scp "$archive" "$NAME:jax_trustdiff.tar.gz" --worker=all
     # The images come with Python 3.10; uv brings a newer one.
-    tpu ssh "$NAME" --worker=all --command="set -e; mkdir -p jax_trustdiff; tar -C jax_trustdiff -xzf jax_trustdiff.tar.gz
+    tpu ssh "$NAME" --worker=all --command="set -e
+mkdir -p jax_trustdiff
+tar -C jax_trustdiff -xzf jax_trustdiff.tar.gz
 python3 -m pip install --user --quiet uv
 test -d .venv-trustdiff || python3 -m uv venv --quiet --python 3.12 .venv-trustdiff
 python3 -m uv pip install --quiet --python .venv-trustdiff/bin/python -e 'jax_trustdiff[tpu]'"
@@ -67,8 +70,9 @@ python3 -m uv pip install --quiet --python .venv-trustdiff/bin/python -e 'jax_tr
       echo "run needs --config=RECIPE" >&2
       exit 2
     fi
+    python=../.venv-trustdiff/bin/python
     tpu ssh "$NAME" --worker=all \
-      --command="cd jax_trustdiff && exec ../.venv-trustdiff/bin/python -m jax_trustdiff.main $(printf '%q ' "$@")"
+      --command="cd jax_trustdiff && exec $python -m jax_trustdiff.main $(printf '%q ' "$@")"
     ;;
   delete)
     tpu delete "$NAME" --quiet

@@ -1,12 +1,11 @@
 """The same run for several seeds at once on this machine, as one XManager experiment.
 
-    xmanager launch launch/xm_local.py -- --run_config=configs/at_cifar.py:smoke --seeds=0,1,2 --sweep_dir=runs/sweep
-    python launch/xm_local.py --dry_run --run_config=configs/at_cifar.py:smoke --seeds=0,1,2 --sweep_dir=runs/sweep
+    python launch/xm_local.py --config=configs/at_cifar.py:smoke --seeds=0,1,2 --sweep_dir=runs/sweep
 
-Every seed is a job of its own with the workdir SWEEP_DIR/seed-<seed>; all start together, so they share the cores.
-Overrides of the config go into the recipe string: configs/at_cifar.py:smoke,train.num_epochs=2. With --gpus=0,1
-the jobs are dealt to those GPUs in turn. Needs `pip install xmanager`, except for --dry_run, which prints the
-commands and starts nothing.
+Every seed is a job of its own with the workdir SWEEP_DIR/seed-<seed>. All start together, so they share the
+cores; with --gpus=0,1 they are dealt to those GPUs in turn. Overrides of the config go into the recipe
+string: --config=configs/at_cifar.py:smoke,train.num_epochs=2. --dry_run prints the commands and starts
+nothing; without it, `pip install xmanager` is needed. Exit code 1 if a job fails.
 """
 
 import os
@@ -18,7 +17,7 @@ from absl import app, flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-_CONFIG = flags.DEFINE_string("run_config", None, "recipe with variants and overrides", required=True)
+_CONFIG = flags.DEFINE_string("config", None, "recipe with variants and overrides", required=True)
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "one job for each")
 _SWEEP_DIR = flags.DEFINE_string("sweep_dir", None, "folder of the workdirs", required=True)
 _GPUS = flags.DEFINE_list("gpus", [], "GPUs to deal the jobs to; empty: every job sees all")

@@ -10,7 +10,7 @@ from jax_trustdiff.data.augment import AUGMENTATIONS, crop_flip, rotate
 
 
 def random_images(*shape, low=0, seed=0):
-  return np.random.default_rng(seed).integers(low, 256, shape).astype(np.uint8)
+  return jnp.asarray(np.random.default_rng(seed).integers(low, 256, shape).astype(np.uint8))
 
 
 def crop_flip_numpy(images, offsets, mirrored, pad):
@@ -38,7 +38,10 @@ def test_rotate_is_pil_s(side):
   angles = np.arange(-15, 16)
   images = random_images(len(angles), side, side, 3, low=1)
   out = np.asarray(rotate(images, jnp.asarray(angles, jnp.float32)))
-  expected = [np.asarray(Image.fromarray(x).rotate(int(a), Image.NEAREST)) for x, a in zip(images, angles, strict=True)]
+  expected = [
+    np.asarray(Image.fromarray(x).rotate(int(a), Image.NEAREST))
+    for x, a in zip(np.asarray(images), angles, strict=True)
+  ]
   np.testing.assert_array_equal(out, np.stack(expected))
   assert (out[0] == 0).any() and (out[15] == images[15]).all()  # black corners at -15 degrees, identity at 0
 
@@ -84,17 +87,21 @@ def test_places_and_mirrors_are_uniform_and_independent():
   near_miss = counts.copy()
   near_miss[0] *= 0.5  # the outermost row drawn half as often
   assert chi_square(near_miss) > 1.4
-  assert not place_of(AUGMENTATIONS["pad_crop_flip"](flip=False)(images, jax.random.key(7)), size, pad)[2].any()
+  assert not place_of(AUGMENTATIONS["pad_crop_flip"](flip=False)(images, jax.random.key(7)), size, pad)[
+    2
+  ].any()
   row, column, mirrored = place_of(AUGMENTATIONS["flip"]()(images, jax.random.key(8)), size, 0)
   assert not row.any() and not column.any() and abs(mirrored.mean() - 0.5) < 0.02
 
 
 def test_rotation_angles_are_uniform():
-  number = 4000
+  number = 2000
   image = np.zeros((65, 65, 1), np.uint8)
   image[32, 64] = 255  # a point at angle 0, radius 32
   augment = AUGMENTATIONS["pad_crop_flip_rotate"](pad=0, flip=False)
-  out = np.asarray(augment(jnp.broadcast_to(jnp.asarray(image), (number, 65, 65, 1)), jax.random.key(3)))[..., 0]
+  out = np.asarray(augment(jnp.broadcast_to(jnp.asarray(image), (number, 65, 65, 1)), jax.random.key(3)))[
+    ..., 0
+  ]
   found = out.reshape(number, -1).argmax(1)
   seen = out.reshape(number, -1).max(1) > 0  # a rotated point may fall between pixels
   angles = np.degrees(np.arctan2(32 - found // 65, found % 65 - 32))[seen]
@@ -106,7 +113,9 @@ def test_rotation_angles_are_uniform():
 def test_same_inside_a_loop():
   images, augment = random_images(16, 8, 8, 3), AUGMENTATIONS["pad_crop_flip_rotate"]()
   key = jax.random.key(5)
-  looped = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda i, x: augment(x, jax.random.fold_in(key, i)), x))(images)
+  looped = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda i, x: augment(x, jax.random.fold_in(key, i)), x))(
+    images
+  )
   for i in range(3):
     images = augment(images, jax.random.fold_in(key, i))
   np.testing.assert_array_equal(looped, images)

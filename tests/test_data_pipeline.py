@@ -43,7 +43,7 @@ def assert_batch(batch, records):
 
 
 @pytest.mark.floor
-@pytest.mark.parametrize("num, batch", [(10, 4), (12, 4), (5, 13), (7, 1)])
+@pytest.mark.parametrize("num, batch", [(10, 4), (12, 4), (9, 22), (9, 1)])
 def test_sampler_walks_one_permutation_after_another(num, batch):
   sampler = EpochSampler(num, batch, seed=3)
   assert sampler.steps_per_epoch == -(-num // batch)
@@ -213,7 +213,7 @@ print(type(feed).__name__, source.nbytes, read, peak - base, seen)
 def test_memory_stays_flat_while_5_of_20_gigabytes_are_read(tmp_path):
   count, shape = 26000, (512, 512, 3)
   images = np.lib.format.open_memmap(tmp_path / "images.npy", "w+", np.uint8, (count, *shape))
-  images[:, 0, 0, 0] = 7  # one page of each image is on the disk; the rest is a hole
+  images[::50, 0, 0, 0] = 7  # a few pages are on the disk; the rest is a hole
   images.flush()
   np.save(tmp_path / "labels.npy", np.zeros(count, np.int64))
   env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""Every source gives the same records from its own files, and says in one line what is wrong with bad ones."""
+"""Every source gives the same records from its own files, and says what is wrong with bad ones."""
 
 import io
 import json
@@ -57,6 +57,21 @@ def test_rows_join_parts_and_select_without_reading():
     readers.Rows([images, images[:, :4]])
 
 
+def test_file_rows_of_any_view(tmp_path):
+  images, _ = images_labels(10)
+  np.save(tmp_path / "x.npy", images)
+  whole = readers.read_npy(tmp_path / "x.npy")
+  rows = np.array([9, 3, 4, 5, 5, 6, 0, 0, 1])
+  assert readers.FileRows(whole)[rows[:0]].shape == (0, 5, 5, 3)
+  np.testing.assert_array_equal(readers.FileRows(whole)[rows], images[rows])
+  part = whole[2:8][..., None]
+  np.testing.assert_array_equal(readers.FileRows(part)[rows % 6], images[2:8][rows % 6][..., None])
+  reader = readers.FileRows(whole)
+  os.truncate(tmp_path / "x.npy", 300)
+  with pytest.raises(OSError, match="x.npy became shorter while it was read"):
+    reader[rows]
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_validation_and_limit_keep_ids(parts):
   images, labels = images_labels(12)
@@ -87,8 +102,10 @@ def test_digits():
   assert (len(train), len(test), train.image_shape, train.num_classes) == (1437, 360, (8, 8, 1), 10)
   assert (np.bincount(test.labels) == 36).all()
   assert sorted([*train.ids, *test.ids]) == list(range(1797))
-  assert train.images.max() == 255 and set(np.unique(train.images)) == {round(v * 255 / 16) for v in range(17)}
-  assert list(train.labels[:8]) == [6, 3, 1, 3, 4, 1, 1, 0]  # the order never changes
+  assert train.images.max() == 255 and set(np.unique(train.images)) == {
+    round(v * 255 / 16) for v in range(17)
+  }
+  assert list(train.labels[:8]) == [2, 8, 2, 6, 6, 7, 1, 9]  # the order never changes
 
 
 # ---- npz and npy ----
@@ -98,15 +115,21 @@ def test_digits():
 def test_npz_folder_and_files(tmp_path, save, mapped):
   images, labels = images_labels(30)
   for part in range(11):
-    save(tmp_path / f"train_{part}.npz", image=images[2 * part : 2 * part + 2], label=labels[2 * part : 2 * part + 2])
+    save(
+      tmp_path / f"train_{part}.npz",
+      image=images[2 * part : 2 * part + 2],
+      label=labels[2 * part : 2 * part + 2],
+    )
   save(tmp_path / "test.npz", images=images[22:], labels=labels[22:, None])
   save(tmp_path / "stats.npz", mu=np.zeros(3))
   train = SOURCES["npz"](path=tmp_path, split="train")
   assert_holds(train, images[:22], labels[:22])  # train_10 comes after train_9
-  assert isinstance(train.images.parts[0], np.memmap) == mapped
+  assert isinstance(train.images.parts[0], readers.FileRows) == mapped
   assert_holds(SOURCES["npz"](path=str(tmp_path), split="test"), images[22:], labels[22:])
   assert_holds(SOURCES["npz"](path=tmp_path / "test.npz", split="test"), images[22:], labels[22:])
-  with pytest.raises(InputError, match=r"test.npz is not the split 'train'; give a folder with files train\*.npz"):
+  with pytest.raises(
+    InputError, match=r"test.npz is not the split 'train'; give a folder with files train\*.npz"
+  ):
     SOURCES["npz"](path=tmp_path / "test.npz", split="train")
 
 
@@ -130,7 +153,10 @@ def test_npz_with_both_splits_and_other_layouts(tmp_path):
   "arrays, message",
   [
     ({"image": np.zeros((4, 8, 8, 3), np.int64)}, "images of type int64; expected uint8, or floats in"),
-    ({"image": np.zeros((4, 3, 8, 8), np.uint8)}, r"images of shape \[4, 3, 8, 8\]; expected \[n, height, width"),
+    (
+      {"image": np.zeros((4, 3, 8, 8), np.uint8)},
+      r"images of shape \[4, 3, 8, 8\]; expected \[n, height, width",
+    ),
     ({"image": np.zeros((4, 192), np.uint8)}, r"images of shape \[4, 192\]"),
     ({"image": np.zeros((5, 8, 8, 3), np.uint8)}, "5 images and 4 labels"),
     ({"image": np.full((4, 8, 8, 3), 2.0)}, r"float images in \[2, 2\]; expected floats in \[0, 1\]"),
@@ -162,7 +188,9 @@ def test_damaged_npz(tmp_path, save):
     (tmp_path / "x.npz").write_bytes(data[:stop])
     with pytest.raises(InputError, match="x.npz is not a complete .npz file"):
       SOURCES["npz"](path=tmp_path / "x.npz")
-  (tmp_path / "x.npz").write_bytes(data[:40] + bytes(200) + data[240:])  # the directory is whole, the data are not
+  (tmp_path / "x.npz").write_bytes(
+    data[:40] + bytes(200) + data[240:]
+  )  # the directory is whole, the data are not
   with pytest.raises(InputError, match="member image.npy, is damaged"):
     SOURCES["npz"](path=tmp_path / "x.npz")
 
@@ -176,10 +204,12 @@ def test_npy_parts_and_splits(tmp_path):
       np.save(tmp_path / split / f"labels-{i:05}-of-00002.npy", labels[part])
   train = SOURCES["npy"](path=tmp_path)
   assert_holds(train, images[:6], labels[:6])
-  assert isinstance(train.images.parts[0], np.memmap)
+  assert isinstance(train.images.parts[0], readers.FileRows)
   assert_holds(SOURCES["npy"](path=tmp_path, split="test"), images[6:], labels[6:])
   assert_holds(SOURCES["npy"](path=tmp_path / "train"), images[:6], labels[:6])
-  assert_holds(SOURCES["npy"](path=tmp_path / "train" / "images-00001-of-00002.npy"), images[3:6], labels[3:6])
+  assert_holds(
+    SOURCES["npy"](path=tmp_path / "train" / "images-00001-of-00002.npy"), images[3:6], labels[3:6]
+  )
   with pytest.raises(InputError, match="has no folder test/ for the split 'test'"):
     SOURCES["npy"](path=tmp_path / "train", split="test")
   with pytest.raises(InputError, match="is the split 'train'"):
@@ -400,7 +430,10 @@ def tfds_dir(tmp_path_factory):
 
 def same_records(source, images, labels):
   """TFDS shuffles when it prepares: compare as sets of (image, label)."""
-  found = {(image.tobytes(), int(label)) for image, label in zip(np.asarray(source.images), source.labels, strict=True)}
+  found = {
+    (image.tobytes(), int(label))
+    for image, label in zip(np.asarray(source.images), source.labels, strict=True)
+  }
   assert found == {(image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)}
 
 
@@ -442,7 +475,9 @@ def test_tfds_tfrecord_needs_no_tensorflow(tfds_dir, tmp_path):
   source = SOURCES["tfds"](name="tiny_trustdiff_images", data_dir=tmp_path)
   assert_holds(source, np.asarray(SOURCES["tfds"]("tiny_trustdiff_images", tfds_dir).images), source.labels)
   same_records(source, images[:20], labels[:20])
-  with pytest.raises(InputError, match="incomplete: tiny_trustdiff_images-test.tfrecord-00000-of-00001 is missing"):
+  with pytest.raises(
+    InputError, match="incomplete: tiny_trustdiff_images-test.tfrecord-00000-of-00001 is missing"
+  ):
     SOURCES["tfds"](name="tiny_trustdiff_images", data_dir=tmp_path, split="test")
   whole = file.read_bytes()
   file.write_bytes(whole[:-30])
@@ -457,13 +492,50 @@ def test_tfds_tfrecord_needs_no_tensorflow(tfds_dir, tmp_path):
     SOURCES["tfds"](name="tiny_trustdiff_images", data_dir=tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_tfds_tensors_are_images_only_as_bytes(tmp_path, dtype):
+  tensorflow_datasets = pytest.importorskip("tensorflow_datasets")
+  features, core = tensorflow_datasets.features, tensorflow_datasets.core
+  images, labels = images_labels(6)
+
+  def info(self):
+    of = features.FeaturesDict(
+      {"image": features.Tensor(shape=(5, 5, 3), dtype=dtype), "label": features.Scalar(np.int64)}
+    )
+    return core.DatasetInfo(builder=self, features=of, description="-")
+
+  def examples(self):
+    for i in range(6):
+      yield i, {"image": images[i].astype(dtype), "label": int(labels[i])}
+
+  members = {
+    "VERSION": core.Version("1.0.0"),
+    "_info": info,
+    "_split_generators": lambda self, dl_manager: {"train": self._generate_examples()},
+    "_generate_examples": examples,
+  }
+  name = f"tiny_tensors_{np.dtype(dtype).name}"
+  kind = type(name.title().replace("_", ""), (core.GeneratorBasedBuilder,), members)
+  kind(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+  assert (tmp_path / name / "1.0.0" / "dataset_info.json").exists()
+  if dtype == np.float32:
+    with pytest.raises(InputError, match=r"image float32 \[5, 5, 3\], label \[\]; expected images uint8"):
+      SOURCES["tfds"](name=name, data_dir=tmp_path)
+    return
+  same_records(SOURCES["tfds"](name=name, data_dir=tmp_path, num_classes=3), images, labels)
+  with pytest.raises(InputError, match=r"are \(5, 5, 3\); leave out size"):
+    SOURCES["tfds"](name=name, data_dir=tmp_path, size=4)
+
+
 def test_importing_the_sources_imports_nothing_heavy():
   heavy = ["tensorflow", "torch", "transformers", "tensorflow_datasets", "sklearn", "grain", "PIL"]
   code = (
     "import sys; import jax_trustdiff.data.sources, jax_trustdiff.data.pipeline, jax_trustdiff.data.augment;"
     f"print([m for m in {heavy} if m in sys.modules])"
   )
-  out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+  out = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
+  )
   assert out.stdout.strip() == "[]"
 
 

@@ -6,7 +6,6 @@ steps 1 and 2 when the stored adversarial images are fed; looser where a step st
 """
 
 import json
-import re
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import pytest
 from conftest import shared_dir
 
 from jax_trustdiff.attacks import losses
+from jax_trustdiff.interop.torch_names import from_torch, to_torch
 from jax_trustdiff.models.registry import MODELS
 from jax_trustdiff.robustness.objectives import OBJECTIVES, move_statistics
 from jax_trustdiff.training import optimizers, state
@@ -38,10 +38,9 @@ def hyper(golden):
 @pytest.fixture(scope="module")
 def initial(golden):
   """The reference's initial parameters and running statistics as our variables."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: from_torch(golden[f"param/{torch_name(path)}"].astype(np.float32), leaf.shape),
-    jax.eval_shape(NETWORK.init, jax.random.key(0)),
-  )
+  prefix = "param/"
+  state_dict = {name.removeprefix(prefix): a for name, a in golden.items() if name.startswith(prefix)}
+  return jax.tree.map(jnp.asarray, from_torch(NETWORK, state_dict))
 
 
 @pytest.fixture(scope="module")
@@ -56,35 +55,8 @@ def objective(hyper):
   )
 
 
-def torch_name(path) -> str:
-  """The reference's name of one of our leaves: group0_block0/norm0/scale -> layer.0.block.0.batchnorm_0.weight."""
-  *scopes, leaf = (key.key for key in path[1:])
-  leaf = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}.get(leaf, leaf)
-  name = ".".join(scopes)
-  for pattern, replacement in (
-    (r"^group(\d+)_block(\d+)", r"layer.\1.block.\2"),
-    (r"norm(\d+)$", r"batchnorm_\1"),
-    (r"^norm$", "batchnorm"),
-    (r"\.conv(\d+)$", r".conv_\1"),
-    (r"^conv$", "init_conv"),
-  ):
-    name = re.sub(pattern, replacement, name)
-  return f"{name}.{leaf}"
-
-
-def from_torch(array, shape):
-  array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-  assert array.shape == shape
-  return jnp.array(array)
-
-
-def to_torch(array):
-  return np.array(array).transpose(3, 2, 0, 1) if array.ndim == 4 else np.array(array).T
-
-
 def by_torch_name(tree, collection="params"):
-  leaves = jax.tree_util.tree_leaves_with_path({collection: tree})
-  return {torch_name(path): to_torch(leaf) for path, leaf in leaves}
+  return to_torch(NETWORK, {collection: tree})
 
 
 def sampled(array):

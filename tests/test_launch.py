@@ -33,7 +33,7 @@ def stage(tmp_path):
       f"record = {{'argv': [{name!r}, *sys.argv[1:]], 'devices': os.environ.get('JAX_LOCAL_DEVICE_IDS')}}\n"
       f"open({str(tmp_path / 'calls')!r}, 'a').write(json.dumps(record) + '\\n')\n"
       "for arg in sys.argv[1:]:\n"
-      f"  if arg.endswith('.tar.gz') and os.path.exists(arg): shutil.copy(arg, {str(tmp_path / 'sent.tar.gz')!r})\n"
+      f"  if os.path.isfile(arg): shutil.copy(arg, {str(tmp_path / 'sent.tar.gz')!r})\n"
       "sys.exit(int(os.environ.get('FAIL', 0)))\n"
     )
     program.chmod(0o755)
@@ -147,7 +147,7 @@ def test_a_failing_remote_command_fails_the_script(stage):
 
 def test_xm_local_prints_commands_that_work(tmp_path):
   (tmp_path / "xmanager.py").write_text("raise ImportError('a dry run needs no xmanager')")
-  command = [sys.executable, LAUNCH / "xm_local.py", "--dry_run", "--run_config=configs/at_cifar.py:smoke"]
+  command = [sys.executable, LAUNCH / "xm_local.py", "--dry_run", "--config=configs/at_cifar.py:smoke"]
   command += ["--seeds=0,5", f"--sweep_dir={tmp_path / 'a sweep'}", "--gpus=0,1"]
   env = os.environ | {"PYTHONPATH": str(tmp_path)}
   out = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)

@@ -16,6 +16,9 @@ def images(seed, b=8, shape=(4, 4, 3)):
   return jax.random.uniform(jax.random.key(seed), (b, *shape))
 
 
+project = jax.jit(norms.project, static_argnames="norm")
+
+
 def nearest_point_l1(x, center, radius):
   """The L2-nearest point to `x` with |v - center|_1 <= radius in the unit cube, by a general solver.
 
@@ -52,10 +55,10 @@ def cases():
 
 def test_l1_projection_is_the_nearest_point_of_ball_and_cube():
   xs, centers, radii = map(np.array, zip(*cases(), strict=True))
-  project = jax.vmap(
+  project_all = jax.vmap(
     lambda x, c, r: norms.project(x[None, None, None], c[None, None, None], r, "l1")[0, 0, 0]
   )
-  found = np.array(project(xs.astype(np.float32), centers.astype(np.float32), radii.astype(np.float32)))
+  found = np.array(project_all(xs.astype(np.float32), centers.astype(np.float32), radii.astype(np.float32)))
   for x, center, radius, got in zip(xs, centers, radii, found, strict=True):
     np.testing.assert_allclose(got, nearest_point_l1(x, center, radius), atol=2e-5)
 
@@ -64,7 +67,7 @@ def test_l1_projection_is_the_nearest_point_of_ball_and_cube():
 def test_l1_projection_of_a_whole_image_spends_exactly_the_radius(radius):
   center = images(0, b=4, shape=(32, 32, 3))
   x = center + jax.random.normal(jax.random.key(1), center.shape)
-  got = norms.project(x, center, radius, "l1")
+  got = project(x, center, radius, "l1")
   # An independent route: bisection on the shrinkage in float64.
   delta, mid = np.float64(x) - np.float64(center), np.float64(center)
   room = np.where(delta > 0, 1 - mid, mid)
@@ -83,11 +86,11 @@ def test_linf_and_l2_projections_against_their_formulas():
   center = images(2)
   x = center + jax.random.normal(jax.random.key(3), center.shape)
   low, high = np.maximum(center - 0.1, 0), np.minimum(center + 0.1, 1)
-  np.testing.assert_allclose(norms.project(x, center, 0.1, "linf"), np.clip(x, low, high), atol=1e-7)
+  np.testing.assert_allclose(project(x, center, 0.1, "linf"), np.clip(x, low, high), atol=1e-7)
   delta = np.float64(x - center)
   length = np.sqrt((delta**2).sum((1, 2, 3), keepdims=True))
   np.testing.assert_allclose(
-    norms.project(x, center, 0.7, "l2"),
+    project(x, center, 0.7, "l2"),
     np.clip(center + delta * np.minimum(1, 0.7 / length), 0, 1),
     atol=1e-6,
   )
@@ -99,14 +102,14 @@ def test_projection_stays_in_ball_and_cube_and_leaves_inner_points_alone(norm):
   center = images(4).at[0].set(0.0).at[1].set(1.0)
   x = center + 3 * jax.random.normal(jax.random.key(5), center.shape)
   for radius in (0.0, 0.03, 1.0, 1000.0):
-    got = norms.project(x, center, radius, norm)
+    got = project(x, center, radius, norm)
     assert got.dtype == jnp.float32
     assert (got >= 0).all() and (got <= 1).all()
     assert (norms.size(got - center, norm) <= radius * (1 + 1e-5) + 1e-6).all()
-    np.testing.assert_allclose(norms.project(got, center, radius, norm), got, atol=2e-6)
-  np.testing.assert_array_equal(norms.project(x, center, 0.0, norm), center)
+    np.testing.assert_allclose(project(got, center, radius, norm), got, atol=2e-6)
+  np.testing.assert_array_equal(project(x, center, 0.0, norm), center)
   traced = jax.jit(norms.project, static_argnames="norm")(x, center, 0.03, norm=norm)
-  np.testing.assert_allclose(traced, norms.project(x, center, 0.03, norm), atol=1e-6)
+  np.testing.assert_allclose(traced, project(x, center, 0.03, norm), atol=1e-6)
 
 
 @pytest.mark.floor
@@ -164,9 +167,9 @@ def test_linf_start_is_uniform():
 
 
 @pytest.mark.floor
-def test_wide_types_stay_and_narrow_ones_are_widened():
+def test_bfloat16_is_widened():
   x = images(12).astype(jnp.bfloat16)
-  assert norms.project(x, x, 0.1, "linf").dtype == jnp.float32
+  assert project(x, x, 0.1, "linf").dtype == jnp.float32
   assert norms.random_start(jax.random.key(0), x, 0.1, "l2").dtype == jnp.float32
 
 

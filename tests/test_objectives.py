@@ -22,6 +22,10 @@ KERNEL, MEAN, X64, X_ADV64 = (
 ROWS = np.arange(6)
 
 
+def attack(objective, variables, key, start=None):
+  return objective.attack(NET, variables, X, Y, key, start)
+
+
 def logits(x, mean=None):
   """In float64 numpy; the mean is the batch's unless given."""
   flat = x.reshape(len(x), -1)
@@ -140,9 +144,8 @@ def test_trades_attack_by_hand_with_batch_statistics(norm, radius, default_step)
   start = X + 0.05 * jax.random.normal(jax.random.key(3), X.shape)
   p = softmax(logits(X64))
   for step_size in (None, 0.11):
-    x_adv = TRADES(norm=norm, radius=radius, step_size=step_size, num_steps=4).attack(
-      NET, VARIABLES, X, Y, jax.random.key(0), start
-    )
+    objective = TRADES(norm=norm, radius=radius, step_size=step_size, num_steps=4)
+    x_adv = attack(objective, VARIABLES, jax.random.key(0), start)
     expected = ascend_by_hand(
       np.array(start, np.float64), radius, step_size or default_step, 4, norm, lambda q: q - p, None
     )
@@ -153,9 +156,8 @@ def test_trades_attack_by_hand_with_batch_statistics(norm, radius, default_step)
 @pytest.mark.parametrize("norm, radius", [("linf", 0.2), ("l2", 0.5)])
 def test_mart_and_pgd_at_attack_by_hand_with_running_statistics(name, norm, radius):
   start = jnp.clip(X + 0.05 * jax.random.normal(jax.random.key(3), X.shape), 0, 1)
-  x_adv = OBJECTIVES[name](norm=norm, radius=radius, step_size=0.11, num_steps=4).attack(
-    NET, VARIABLES, X, Y, jax.random.key(0), start
-  )
+  objective = OBJECTIVES[name](norm=norm, radius=radius, step_size=0.11, num_steps=4)
+  x_adv = attack(objective, VARIABLES, jax.random.key(0), start)
   one_hot = np.eye(4)[Y]
   expected = ascend_by_hand(np.array(start, np.float64), radius, 0.11, 4, norm, lambda q: q - one_hot, MEAN)
   np.testing.assert_allclose(x_adv, expected, atol=1e-4)
@@ -166,11 +168,11 @@ def test_mart_and_pgd_at_attack_by_hand_with_running_statistics(name, norm, radi
 def test_attacks_stay_in_ball_and_cube_and_do_not_depend_on_the_batch_keys_of_others(name, norm, radius):
   objective = OBJECTIVES[name](norm=norm, radius=radius, num_steps=3)
   keys = jax.random.split(jax.random.key(4), 6)
-  x_adv = objective.attack(NET, VARIABLES, X, Y, keys)
+  x_adv = attack(objective, VARIABLES, keys)
   assert (x_adv >= 0).all() and (x_adv <= 1).all()
   sizes = norms.size(x_adv - X, norm)
   assert (sizes <= radius * (1 + 1e-5)).all() and (sizes > 0.1 * radius).all()
-  other = objective.attack(NET, VARIABLES, X, Y, keys.at[5].set(jax.random.key(99)))
+  other = attack(objective, VARIABLES, keys.at[5].set(jax.random.key(99)))
   if name != "trades":  # its batch statistics couple the images
     np.testing.assert_allclose(other[:5], x_adv[:5], atol=1e-6)
   assert not np.allclose(other[5], x_adv[5], atol=1e-5)
@@ -180,7 +182,7 @@ def test_attacks_stay_in_ball_and_cube_and_do_not_depend_on_the_batch_keys_of_ot
 def test_l2_attack_leaves_a_flat_point(name):
   """A network without any gradient: the step is noise, and the result is on the sphere."""
   flat = {**VARIABLES, "params": {"kernel": jnp.zeros_like(VARIABLES["params"]["kernel"])}}
-  x_adv = OBJECTIVES[name](norm="l2", radius=0.3, num_steps=2).attack(NET, flat, X, Y, jax.random.key(5))
+  x_adv = attack(OBJECTIVES[name](norm="l2", radius=0.3, num_steps=2), flat, jax.random.key(5))
   sizes = norms.size(x_adv - X, "l2")
   assert (sizes > 0.05).all() and (sizes <= 0.3 * (1 + 1e-5)).all()
 
@@ -190,7 +192,7 @@ def test_l2_attack_leaves_a_flat_point(name):
 def test_no_gradient_flows_through_the_attack(name):
   objective = OBJECTIVES[name]()
   key = jax.random.key(6)
-  x_adv = objective.attack(NET, VARIABLES, X, Y, key)
+  x_adv = attack(objective, VARIABLES, key)
 
   def whole(params, attacked):
     variables = {**VARIABLES, "params": params}

@@ -1,4 +1,4 @@
-"""Meshes, shardings, multi-host starts: eight devices in one process and in two give what one device gives."""
+"""Meshes, shardings, multi-host starts: eight devices, in one process or two, give what one gives."""
 
 import json
 import os
@@ -31,7 +31,9 @@ def run_workers(num_processes: int, devices_each: int, folder: pathlib.Path) -> 
   }
   worker = str(ROOT / "tests" / "parallel_worker.py")
   outputs = [folder / f"{i}.json" for i in range(num_processes)]
-  commands = [[sys.executable, worker, str(i), str(num_processes), address, str(o)] for i, o in enumerate(outputs)]
+  commands = [
+    [sys.executable, worker, str(i), str(num_processes), address, str(o)] for i, o in enumerate(outputs)
+  ]
   processes = [subprocess.Popen(c, env=env, stderr=subprocess.PIPE, text=True) for c in commands]
   for process in processes:
     _, stderr = process.communicate(timeout=180)
@@ -101,7 +103,9 @@ def test_sharding_rules_go_by_path_in_order():
   assert specs["params"]["conv"]["bias"] == P()
   assert specs["params"]["odd"] == P()  # large enough, but 4 divides no dimension
   assert specs["stack"] == P("shard", None)
-  small = parallel.shardings(abstract_mesh(2, 4), {"w": np.zeros((31, 32)), "v": np.zeros((32, 32))}, [("", "fsdp")])
+  small = parallel.shardings(
+    abstract_mesh(2, 4), {"w": np.zeros((31, 32)), "v": np.zeros((32, 32))}, [("", "fsdp")]
+  )
   assert small["w"].spec == P() and small["v"].spec == P(None, "model")  # 992 and 1024 elements
   assert parallel.shardings(abstract_mesh(2, 4), {"w": np.zeros((64, 64))}, [])["w"].spec == P()
 
@@ -137,7 +141,10 @@ def test_batch_must_divide_over_the_data_axis():
     ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
     ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, ()),
     ({"SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
-    ({"SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, None),
+    (
+      {"SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"},
+      None,
+    ),
     ({"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}, None),  # a login or batch script, not srun
     ({"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "h0,h1"}, ()),
     ({"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "localhost"}, None),

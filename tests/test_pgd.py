@@ -28,6 +28,10 @@ def bumpy(x):
   return jnp.sin(x.reshape(x.shape[0], -1) @ kernel) @ rng.normal(size=(24, 3)).astype(np.float32)
 
 
+def run(attack, logits_fn, x, y, key, start=None):
+  return attack(logits_fn, jnp.asarray(x), jnp.asarray(y), key, start)
+
+
 def greatest_move(x, sign, radius, norm):
   """max sign * w . delta over the ball and the cube, exact for linf and l1, and for l2 far from the walls."""
   push = sign[:, None] * W
@@ -56,8 +60,7 @@ def test_linear_classifier_reaches_the_optimum_in_closed_form(norm, radius, step
   x = rng.uniform(low, high, (64, *SHAPE)).astype(np.float32)
   y = rng.integers(0, 2, 64)
   num_steps = 300 if norm == "l1" else 60
-  attack = jax.jit(PGD(norm, radius, step_size, num_steps, loss).__call__, static_argnums=0)
-  x_adv = attack(linear, x, y, jax.random.key(0))
+  x_adv = run(PGD(norm, radius, step_size, num_steps, loss), linear, x, y, jax.random.key(0))
   sign = np.where(y == 1, -1.0, 1.0)
   score = np.array(linear(x)[:, 1], np.float64)
   worst = score + sign * greatest_move(x, sign, radius, norm)
@@ -74,12 +77,12 @@ def test_linear_classifier_reaches_the_optimum_in_closed_form(norm, radius, step
 def test_result_is_in_ball_and_cube_for_any_steps(norm, radius):
   x = jax.random.uniform(jax.random.key(1), (16, *SHAPE)).at[0].set(0).at[1].set(1)
   y = jnp.arange(16) % 3
-  for num_steps in (0, 1, 7):
-    x_adv = PGD(norm, radius, 3 * radius, num_steps)(bumpy, x, y, jax.random.key(2))
+  for num_steps in (0, 3):
+    x_adv = run(PGD(norm, radius, 3 * radius, num_steps), bumpy, x, y, jax.random.key(2))
     assert x_adv.dtype == jnp.float32
     assert (x_adv >= 0).all() and (x_adv <= 1).all()
     assert (norms.size(x_adv - x, norm) <= radius * (1 + 1e-5) + 1e-6).all()
-  unmoved = PGD(norm, 0.0, 0.1, 3)(bumpy, x, y, jax.random.key(2))
+  unmoved = run(PGD(norm, 0.0, 0.1, 3), bumpy, x, y, jax.random.key(2))
   np.testing.assert_allclose(unmoved, x, atol=1e-6)
 
 
@@ -88,15 +91,14 @@ def test_more_restarts_never_do_worse():
   y = bumpy(x).argmax(1)
   key = jax.random.key(4)
   fooled, height = [], []
-  for restarts in (1, 2, 6):
-    x_adv = PGD("linf", 0.02, 0.005, 1, "ce", restarts)(bumpy, x, y, key)
+  for restarts in (1, 6):
+    x_adv = run(PGD("linf", 0.02, 0.005, 1, "ce", restarts), bumpy, x, y, key)
     fooled.append(np.array(bumpy(x_adv).argmax(1) != y))
     height.append(np.array(losses.ce(bumpy(x_adv), y)))
-  for few, many in ((0, 1), (1, 2)):
-    assert (fooled[many] | ~fooled[few]).all()
-    same = fooled[many] == fooled[few]
-    assert (height[many] >= height[few] - 1e-4)[same].all()
-  assert fooled[2].sum() > fooled[0].sum()
+  assert (fooled[1] | ~fooled[0]).all()
+  same = fooled[1] == fooled[0]
+  assert (height[1] >= height[0] - 1e-4)[same].all()
+  assert fooled[1].sum() > fooled[0].sum()
 
 
 @pytest.mark.parametrize("fooling_run", [0, 1])
@@ -110,7 +112,7 @@ def test_a_restart_that_fools_is_kept_before_a_larger_loss(fooling_run):
     fooled = (images.reshape(-1, 1) < sum(ends) / 2) == below
     return jnp.log(jnp.where(fooled, jnp.array([0.4, 0.6, 1e-9]), jnp.array([0.34, 0.33, 0.33])))
 
-  x_adv = PGD("linf", 0.5, 0.0, 0, "ce", 2)(logits_fn, x, y, key)
+  x_adv = run(PGD("linf", 0.5, 0.0, 0, "ce", 2), logits_fn, x, y, key)
   assert float(x_adv[0, 0, 0, 0]) == pytest.approx(ends[fooling_run])
 
 
@@ -121,18 +123,18 @@ def test_with_a_key_per_image_the_result_does_not_depend_on_the_batch(norm, radi
   keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(6), jnp.arange(100, 112))
   attack = PGD(norm, radius, radius / 4, 3, restarts=2)
   rows = jnp.array([7, 0, 11])
-  whole = attack(bumpy, x, y, keys)
-  np.testing.assert_allclose(attack(bumpy, x[rows], y[rows], keys[rows]), whole[rows], atol=1e-5)
-  assert not np.allclose(
-    attack(bumpy, x[rows], y[rows], keys[rows + 1 - 2 * (rows == 11)]), whole[rows], atol=1e-3
-  )
+  whole = run(attack, bumpy, x, y, keys)
+  few = run(attack, bumpy, x[rows], y[rows], keys[rows])
+  np.testing.assert_allclose(few, whole[rows], atol=1e-5)
+  other_keys = run(attack, bumpy, x[rows], y[rows], keys[rows - 1])
+  assert not np.allclose(other_keys, whole[rows], atol=1e-3)
 
 
 def test_fgsm_is_one_signed_step_and_starts_at_the_image():
   x = jax.random.uniform(jax.random.key(7), (5, *SHAPE))
   y = jnp.array([0, 1, 0, 1, 1])
   expected = jnp.clip(x + 0.1 * jnp.sign(jnp.where(y == 1, -1.0, 1.0)[:, None] * W).reshape(x.shape), 0, 1)
-  np.testing.assert_allclose(fgsm(radius=0.1)(linear, x, y, jax.random.key(0)), expected, atol=1e-6)
+  np.testing.assert_allclose(run(fgsm(radius=0.1), linear, x, y, jax.random.key(0)), expected, atol=1e-6)
 
 
 def test_the_l2_step_order_box_then_ball():
@@ -140,13 +142,12 @@ def test_the_l2_step_order_box_then_ball():
   rng = np.random.default_rng(3)
   x = rng.uniform(0, 1, (6, *SHAPE)).astype(np.float32)
   y = rng.integers(0, 2, 6)
-  start = np.clip(x + rng.normal(0, 0.1, x.shape), 0, 1).astype(np.float32)
+  start = jnp.clip(x + rng.normal(0, 0.1, x.shape).astype(np.float32), 0, 1)
   direction = np.where(y == 1, -1, 1)[:, None] * W / np.linalg.norm(W)
   delta = np.clip(start + 1.5 * direction.reshape(x.shape), 0, 1) - x
   length = np.linalg.norm(delta.reshape(6, -1), axis=1)
   expected = x + delta * np.minimum(1, 0.8 / length)[:, None, None, None]
-  attack = PGD("l2", 0.8, 1.5, 1, "margin_unclipped")
-  got = attack(linear, jnp.array(x), jnp.array(y), jax.random.key(0), jnp.array(start))
+  got = run(PGD("l2", 0.8, 1.5, 1, "margin_unclipped"), linear, x, y, jax.random.key(0), start)
   np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
@@ -211,8 +212,7 @@ def test_evaluation_attack_agrees_with_the_reference(name, loss):
   np.testing.assert_allclose(noise.ravel()[:4], golden["noise_first4"], atol=1e-6)
   radius = 2 / 255
   start = jnp.clip(x + radius * noise.transpose(0, 2, 3, 1), 0, 1)
-  attack = PGD("linf", radius, 0.5 / 255, 40, loss)
-  x_adv = jax.jit(lambda x, y, start: attack(logits_fn, x, y, jax.random.key(0), start))(x, y, start)
+  x_adv = run(PGD("linf", radius, 0.5 / 255, 40, loss), logits_fn, x, y, jax.random.key(0), start)
   gap = -losses.margin_unclipped(logits_fn(x_adv), y)
   robust = np.array(logits_fn(x_adv).argmax(1) == y)
   assert (robust != golden[f"{name}_robust"]).sum() <= 1

@@ -1,4 +1,4 @@
-"""What the pictures and the page of a report hold, read back from the files; intervals against closed values."""
+"""What the pictures and the page of a report hold, read back from files; intervals against closed values."""
 
 import base64
 import html.parser
@@ -83,7 +83,8 @@ def test_training_curves_draw_every_scalar(tmp_path, figures):
   titles = [axis.get_title(loc="left") for axis in figures[0].axes]
   assert titles == ["Loss", "Accuracy", "Learning rate", "Gradient norm", "odd one", "part", ""]
   accuracy = figures[0].axes[1]
-  assert len(accuracy.get_legend().get_texts()) == 4
+  labels = [text.get_text() for text in accuracy.get_legend().get_texts()]
+  assert labels == ["training clean", "validation clean", "validation PGD-40", "best: 40.0% at step 150"]
   assert accuracy.yaxis.get_major_formatter()(0.5) == "50%"
   assert os.listdir(tmp_path / "deep") == ["curves.png"], "a temporary file is left"
 
@@ -96,8 +97,6 @@ def test_training_curves_mark_the_best_validation(tmp_path, figures):
 
   report.training_curves(metric_rows(), tmp_path / "a.png")
   assert star(figures[0]) == [(150, 0.4)], "of equal scores the last is the best, as for checkpoints"
-  legend = figures[0].axes[1].get_legend().get_texts()
-  assert "best: 40.0% at step 150" in [text.get_text() for text in legend]
   report.training_curves(metric_rows(), tmp_path / "b.png", score="validation/clean_accuracy")
   assert star(figures[1]) == [(200, 0.5)]
   report.training_curves([{"step": 1, "loss": 2.0}], tmp_path / "c.png")
@@ -171,9 +170,9 @@ def test_adversarial_grid_pixels(tmp_path, size, channels):
 
 
 def test_adversarial_grid_shows_the_verdicts(tmp_path):
-  """Changing one prediction changes the picture under that image, and nowhere else."""
+  """Another prediction changes the tick under that image, and nothing elsewhere."""
   x = np.zeros((2, 8, 8, 1), np.float32)
-  verdicts = dict(labels=[0, 1], predictions=[0, 1])
+  verdicts = dict(labels=[0, 1], predictions=[0, 1], class_names=["same", "same"])
   for name, predictions in (("a", [0, 1]), ("b", [0, 0])):
     report.adversarial_grid(x, x, tmp_path / f"{name}.png", **verdicts, adversarial_predictions=predictions)
   a, b = (read_png(tmp_path / f"{name}.png") for name in "ab")

@@ -1,4 +1,4 @@
-"""Augmentations on the device: pure functions (uint8 images [b h w c], key) -> uint8 images of the same shape.
+"""Augmentations on the device: pure functions (uint8 [b h w c], key) -> uint8 images of the same shape.
 
     augment = AUGMENTATIONS['pad_crop_flip'](pad=4)
     images = augment(images, key)     # inside jit; one key for the batch, every image has its own draws

@@ -1,8 +1,8 @@
-"""From a source to global batches on the mesh: the order of examples, two ways to feed them, and evaluation batches.
+"""From a source to global batches on the mesh: the order of examples, two feeds, and evaluation batches.
 
-The order is a pure function of the step (`EpochSampler`), so a run resumes from its step alone, and both feeds give
-the same batches. A feed hands the compiled step two things: `arrays`, which stay on the devices, and a payload for
-each dispatch of k steps; inside the step `take(arrays, payload of one step)` is the batch
+The order is a pure function of the step (`EpochSampler`), so a run resumes from its step alone, and both
+feeds give the same batches. A feed hands the compiled step two things: `arrays`, kept on the devices, and
+a payload for each dispatch of k steps; inside the step `take(arrays, payload of one step)` is the batch
 
     {'image': uint8 [b h w c], 'label': int32 [b], 'id': int32 [b]}
 """
@@ -25,15 +25,15 @@ Batch = dict[str, Any]  # {'image': ..., 'label': ..., 'id': ...}
 
 CPU_BUDGET = 2 * 2**30  # bytes of images kept in the memory of a CPU, over all its devices
 DEVICE_FRACTION = 0.25  # of an accelerator's memory may hold images
-PREFETCH_BYTES = 2**28  # batches that a streaming feed reads ahead
+PREFETCH_BYTES = 2**27  # batches that a streaming feed reads ahead
 
 
 class EpochSampler:
   """The endless concatenation of one fresh permutation per epoch, cut into consecutive batches.
 
-  Batch `step` is the slice [step * b, (step + 1) * b). Every example is seen once before any is seen again; a batch
-  at the end of a permutation is filled from the next one, so all batches are full. Permutation `e` depends on
-  (seed, e) only.
+  Batch `step` is the slice [step * b, (step + 1) * b). Every example is seen once before any is seen again; a
+  batch at the end of a permutation is filled from the next one, so all batches are full. Permutation `e`
+  depends on (seed, e) only.
 
   `steps_per_epoch` is ceil(n / b), the number of steps that have seen every example at least once.
   """
@@ -135,8 +135,8 @@ class ResidentFeed:
 class StreamingFeed:
   """Batches read ahead from the source by grain's threads; a payload is the batches themselves, stacked.
 
-  Item i of the underlying `grain.MapDataset` is this process's rows of batch i, so the position is grain's own
-  state, {'next_index': step}. About `prefetch_bytes` of batches are held in memory, and at least two.
+  Item i of the underlying `grain.MapDataset` is this process's rows of batch i, so the position is grain's
+  own state, {'next_index': step}. About `prefetch_bytes` of batches are held in memory, and at least two.
   """
 
   def __init__(
@@ -215,9 +215,10 @@ def device_budget() -> int:
 
 
 def eval_batches(source: ImageSource, batch_size: int, mesh: Mesh) -> Iterator[Batch]:
-  """The source in order, as global batches of one shape with `mask` bool [b]: False marks rows that fill up the last.
+  """The source in order, as global batches of one shape with `mask` bool [b], False for filling rows.
 
-  Filling rows repeat the last example: drop them with the mask, e.g. `sum(correct * mask) / len(source)`.
+  Rows that fill up the last batch repeat the last example: drop them with the mask, e.g.
+  `sum(correct * mask) / len(source)`.
   Each process reads its own rows only. There are ceil(n / b) batches.
   """
   parallel.check_batch(batch_size, mesh)

@@ -4,6 +4,7 @@ Whatever is wrong with a file becomes an InputError that names it. Nothing here 
 """
 
 import io
+import os
 import pathlib
 import pickle
 import tarfile
@@ -20,7 +21,7 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 
 
 class Rows:
-  """Several arrays one after the other along the first axis, or chosen rows of them; rows are read when asked for.
+  """Several arrays one after the other along the first axis, or chosen rows of them, read when asked for.
 
   Indexed by integer arrays or slices, which copies those rows. The parts stay where they are (memory maps,
   `Decoded` files), so memory holds what was asked for and no more.
@@ -30,7 +31,7 @@ class Rows:
     shapes = sorted({f"{part.dtype} {list(part.shape[1:])}" for part in parts})
     if len(shapes) != 1:
       raise InputError(f"the parts of one data set must agree; found images {' and '.join(shapes)}")
-    self.parts, self.index = list(parts), index
+    self.parts, self.index = [FileRows(part) if _is_mapped(part) else part for part in parts], index
     self.starts = np.cumsum([0] + [len(part) for part in parts])
     self.dtype = parts[0].dtype
     self.shape = (int(self.starts[-1]) if index is None else len(index), *parts[0].shape[1:])
@@ -65,6 +66,42 @@ class Rows:
     return Rows(self.parts, np.asarray(rows) if self.index is None else self.index[rows])
 
 
+class FileRows:
+  """The rows of a memory-mapped array, read with `pread`: a part of `Rows`.
+
+  Rows taken at random from a large map cost one page fault for every 4 KiB, with a read-ahead that is thrown
+  away. One system call for each run of neighbouring rows reads the same bytes about ten times faster from a
+  cold file, and other threads go on meanwhile.
+  """
+
+  def __init__(self, array: np.memmap):
+    root = array
+    while isinstance(root.base, np.ndarray):
+      root = root.base
+    self.file = open(root.filename, "rb", buffering=0)  # closed with the last reference
+    self.offset = root.offset + array.ctypes.data - root.ctypes.data
+    self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+    self.row_bytes = array.nbytes // len(array)
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+    out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+    view = memoryview(out.reshape(-1).view(np.uint8))
+    starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+    stops = np.append(starts, len(rows))[1:]
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+      piece = view[start * self.row_bytes : stop * self.row_bytes]
+      at = self.offset + int(rows[start]) * self.row_bytes
+      while piece:
+        count = os.preadv(self.file.fileno(), [piece[: 2**30]], at)
+        if not count:
+          raise OSError(f"{self.file.name} became shorter while it was read")
+        piece, at = piece[count:], at + count
+    return out
+
+
 class Decoded:
   """Images that `decode(position)` makes when they are asked for: a part of `Rows`."""
 
@@ -94,7 +131,7 @@ def read_npy(file: pathlib.Path) -> np.ndarray:
 
 
 def npz_members(file: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
-  """{key: function that returns the array}: uncompressed members are memory-mapped, compressed ones are read."""
+  """{key: function that returns the array}: uncompressed members are mapped, compressed ones are read."""
   try:
     with zipfile.ZipFile(file) as archive:
       infos = [info for info in archive.infolist() if info.filename.endswith(".npy")]
@@ -140,8 +177,9 @@ def _map_npy(file: pathlib.Path, stream) -> np.ndarray:
 
 
 def decode_image(data, where: str, size: int | None = None, channels: int = 3) -> np.ndarray:
-  """uint8 [h w channels] of an encoded image (a path or a binary stream); greyscale becomes RGB if channels is 3.
+  """uint8 [h w channels] of an encoded image (a path or a binary stream).
 
+  Greyscale becomes RGB if channels is 3, colour becomes greyscale if it is 1.
   size: the shorter side is resized to it (bicubic) and the centre size x size is cut out.
   """
   from PIL import Image
@@ -180,7 +218,10 @@ def image_extent(file: pathlib.Path) -> tuple[int, int]:
 def archive_members(root: pathlib.Path, names: Sequence[str]) -> dict[str, bytes]:
   """{name: content} of those `names` that are in a folder (or one level below it) or in a tar archive."""
   if root.is_dir():
-    found = {name: [file for file in (root / name, *sorted(root.glob(f"*/{name}"))) if file.is_file()] for name in names}
+    found = {
+      name: [file for file in (root / name, *sorted(root.glob(f"*/{name}"))) if file.is_file()]
+      for name in names
+    }
     return {name: files[0].read_bytes() for name, files in found.items() if files}
   try:
     with tarfile.open(root) as archive:
@@ -222,7 +263,9 @@ class _ArrayUnpickler(pickle.Unpickler):
       ("_codecs", "encode"): _latin1,
     }
     if (module, name) not in allowed:
-      raise InputError(f"refused to unpickle {module}.{name}: only numpy arrays and plain containers are read")
+      raise InputError(
+        f"refused to unpickle {module}.{name}: only numpy arrays and plain containers are read"
+      )
     return allowed[module, name]
 
 
@@ -245,14 +288,18 @@ class TFRecords:
   """The records (bytes) of TFRecord files, by position. Framing: length u64, crc u32, data, crc u32."""
 
   def __init__(self, files: Sequence[pathlib.Path]):
-    self.files = [np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8) for file in files]
+    self.files = [
+      np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8) for file in files
+    ]
     self.places = []  # (file, start, stop)
     for i, data in enumerate(self.files):
       at = 0
       while at < len(data):
         length = int.from_bytes(data[at : at + 8].tobytes(), "little")
         if at + length + 16 > len(data):
-          raise InputError(f"{files[i]} is cut short or no TFRecord file (record {len(self.places)}, byte {at})")
+          raise InputError(
+            f"{files[i]} is cut short or no TFRecord file (record {len(self.places)}, byte {at})"
+          )
         self.places.append((i, at + 12, at + 12 + length))
         at += length + 16
 
@@ -267,7 +314,13 @@ class TFRecords:
 # ---- helpers ----
 
 
+def _is_mapped(part) -> bool:
+  return isinstance(part, np.memmap) and part.flags.c_contiguous and len(part) > 0 and hasattr(os, "preadv")
+
+
 def _gather(part, rows: np.ndarray) -> np.ndarray:
-  if isinstance(part, np.ndarray) and part.flags.c_contiguous:  # np.take would first copy any other layout whole
+  if (
+    isinstance(part, np.ndarray) and part.flags.c_contiguous
+  ):  # np.take would first copy any other layout whole
     return np.take(part.view(np.ndarray), rows, axis=0)
   return np.asarray(part[rows])

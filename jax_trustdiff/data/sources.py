@@ -83,14 +83,18 @@ def image_source(
   labels = [_checked_labels(part, where) for part in labels]
   for image_part, label_part in zip(images, labels, strict=True):
     if len(image_part) != len(label_part):
-      raise InputError(f"{where}: {len(image_part)} images and {len(label_part)} labels; expected as many of both")
+      raise InputError(
+        f"{where}: {len(image_part)} images and {len(label_part)} labels; expected as many of both"
+      )
   labels = np.concatenate(labels)
   if not len(labels):
     raise InputError(f"{where}: no images")
   num_classes = num_classes or len(class_names) or int(labels.max()) + 1
   bad = labels.min() if labels.min() < 0 else labels.max()
   if not 0 <= bad < num_classes:
-    raise InputError(f"{where}: label {bad} is out of range; labels of {num_classes} classes are 0..{num_classes - 1}")
+    raise InputError(
+      f"{where}: label {bad} is out of range; labels of {num_classes} classes are 0..{num_classes - 1}"
+    )
   return ImageSource(
     images=_joined(images, where),
     labels=labels.astype(np.int32),
@@ -116,12 +120,14 @@ def split_validation(
   if not 0 <= num < len(source):
     raise InputError(f"{num} validation examples of {len(source)}: 0 to {len(source) - 1} are possible")
   held_out = np.zeros(len(source), bool)
-  held_out[np.arange(num) if how == "first" else np.random.default_rng(seed).permutation(len(source))[:num]] = True
+  held_out[
+    np.arange(num) if how == "first" else np.random.default_rng(seed).permutation(len(source))[:num]
+  ] = True
   return source.select(np.flatnonzero(~held_out)), source.select(np.flatnonzero(held_out))
 
 
 def limit(source: ImageSource, num: int, seed: int | None = None) -> ImageSource:
-  """The first `num` examples, or `num` drawn with `seed` (in file order); all of them if there are no more."""
+  """The first `num` examples, or `num` drawn with `seed` (in file order); all if there are no more."""
   if num < 1:
     raise InputError(f"a source of {num} examples; at least 1 is needed")
   if num >= len(source):
@@ -137,9 +143,10 @@ def npz(path: Path, split: str = "train", num_classes: int | None = None) -> Ima
   """One .npz file, or a folder of them.
 
   Keys: image or images, with label or labels; or x_train, y_train, x_test, y_test in one file.
-  Folder: files named train* are the split 'train', test* the split 'test', each in natural order; if no file has
-  such a name, all are 'train'. A single file with keys image and label is 'test' if its name starts with test, else
-  'train'. Images: uint8 [n h w c] or floats in [0, 1]. Uncompressed members are memory-mapped, compressed ones are read.
+  Folder: files named train* are the split 'train', test* the split 'test', each in natural order; if no file
+  has such a name, all are 'train'. A single file with keys image and label is 'test' if its name starts with
+  test, else 'train'. Images: uint8 [n h w c] or floats in [0, 1]. Uncompressed members are memory-mapped,
+  compressed ones are read.
   """
   _check_split(split)
   root = _existing(path, "an .npz file or a folder of .npz files")
@@ -149,8 +156,12 @@ def npz(path: Path, split: str = "train", num_classes: int | None = None) -> Ima
     image_key = next((key for key in (f"x_{split}", "image", "images") if key in members), None)
     label_key = next((key for key in (f"y_{split}", "label", "labels") if key in members), None)
     if image_key is None or label_key is None:
-      raise InputError(f"{file} has keys {sorted(members)}; expected image and label, or x_{split} and y_{split}")
-    if root.is_file() and not image_key.startswith("x_") and (split == "test") != file.name.startswith("test"):
+      raise InputError(
+        f"{file} has keys {sorted(members)}; expected image and label, or x_{split} and y_{split}"
+      )
+    if (
+      root.is_file() and not image_key.startswith("x_") and (split == "test") != file.name.startswith("test")
+    ):
       raise InputError(
         f"{file} is not the split '{split}'; give a folder with files {split}*.npz,"
         " or one file with keys x_train, y_train, x_test, y_test"
@@ -174,7 +185,9 @@ def npy(path: Path, split: str = "train", num_classes: int | None = None) -> Ima
   else:
     files = [root]
     if split == "test" and root.parent.name != "test":
-      raise InputError(f"{root} is the split 'train'; a test split is a folder test/ with images*.npy and labels*.npy")
+      raise InputError(
+        f"{root} is the split 'train'; a test split is a folder test/ with images*.npy and labels*.npy"
+      )
   if not files or not all(file.name.startswith("images") for file in files):
     raise InputError(f"{root}: expected files images*.npy and labels*.npy")
   label_files = [file.with_name("labels" + file.name.removeprefix("images")) for file in files]
@@ -188,7 +201,7 @@ def npy(path: Path, split: str = "train", num_classes: int | None = None) -> Ima
 def image_folder(
   path: Path, split: str = "train", size: int | None = None, num_classes: int | None = None
 ) -> ImageSource:
-  """Image files in one folder for each class: `path`/[split/]class/.../file.png; classes in alphabetical order.
+  """Image files in one folder for each class: `path`/[split/]class/.../file.png; classes by alphabet.
 
   `path`/train and `path`/test are the splits if they are there; otherwise all is 'train'.
   size: resize the shorter side to it and cut out the centre; needed when the images differ in size.
@@ -217,7 +230,8 @@ def image_folder(
 def cifar_binary(path: Path, split: str = "train") -> ImageSource:
   """CIFAR-10 or CIFAR-100 from its binary version: the folder, or the .tar.gz itself.
 
-  A record is the label (CIFAR-100: coarse label, fine label; the fine one is used) and 3072 bytes, channel by channel.
+  A record is the label (CIFAR-100: coarse label, fine label; the fine one is used) and 3072 bytes, channel by
+  channel.
   """
   _check_split(split)
   root = _existing(path, "cifar-10-batches-bin, cifar-100-binary or their .tar.gz")
@@ -225,7 +239,9 @@ def cifar_binary(path: Path, split: str = "train") -> ImageSource:
   members = readers.archive_members(
     root, [f"{name}.bin" for name in (*ten, hundred)] + ["batches.meta.txt", "fine_label_names.txt"]
   )
-  names, head = ([f"{name}.bin" for name in ten], 1) if f"{ten[0]}.bin" in members else ([f"{hundred}.bin"], 2)
+  names, head = (
+    ([f"{name}.bin" for name in ten], 1) if f"{ten[0]}.bin" in members else ([f"{hundred}.bin"], 2)
+  )
   meta = members.get("batches.meta.txt" if head == 1 else "fine_label_names.txt", b"").decode().split()
   images, labels = [], []
   for name in names:
@@ -242,7 +258,7 @@ def cifar_binary(path: Path, split: str = "train") -> ImageSource:
 def cifar_python(path: Path, split: str = "train") -> ImageSource:
   """CIFAR-10 or CIFAR-100 from its Python version: the folder, or the .tar.gz itself.
 
-  The pickles are read by an unpickler that builds numpy arrays and plain containers and refuses anything else.
+  The pickles are read by an unpickler that builds numpy arrays and plain containers and refuses all else.
   """
   _check_split(split)
   root = _existing(path, "cifar-10-batches-py, cifar-100-python or their .tar.gz")
@@ -274,9 +290,10 @@ def tfds(
 ) -> ImageSource:
   """A data set that TensorFlow Datasets has prepared, without TensorFlow.
 
-  name: e.g. 'cifar10', 'cifar10:3.0.2' or 'name/config'; `data_dir` holds it, or is its version folder itself.
+  name: e.g. 'cifar10', 'cifar10:3.0.2' or 'name/config'; `data_dir` holds it, or is its version folder.
   Reads the formats array_record and tfrecord. split: one of those the data set has; size: see `image_folder`.
-  download: prepare it first, as array_record, if it is not there; needs a network, and for most data sets TensorFlow.
+  download: prepare it first, as array_record, if it is not there; needs a network, and for most data sets
+    TensorFlow.
   """
   import tensorflow_datasets
 
@@ -285,7 +302,8 @@ def tfds(
     folder = _tfds_prepare(tensorflow_datasets, name, data_dir)
   if folder is None:
     raise InputError(
-      f"no prepared data set {name!r} below {data_dir} (expected {name.split(':')[0]}/<version>/dataset_info.json);"
+      f"no prepared data set {name!r} below {data_dir}"
+      f" (expected {name.split(':')[0]}/<version>/dataset_info.json);"
       " with a network, download=True prepares it"
     )
   builder = tensorflow_datasets.builder_from_directory(str(folder))
@@ -298,7 +316,7 @@ def tfds(
       raise InputError(f"{folder} has features {sorted(features)}; expected an image and a label")
   image_key, label_key = keys
   encoded = isinstance(features[image_key], tensorflow_datasets.features.Image)
-  shape, dtype = tuple(features[image_key].shape), features[image_key].dtype
+  shape, dtype = tuple(features[image_key].shape), features[image_key].np_dtype
   if len(shape) != 3 or shape[2] not in (1, 3) or dtype != np.uint8 or features[label_key].shape != ():
     raise InputError(
       f"{folder}: {image_key} {np.dtype(dtype)} {list(shape)}, {label_key} {list(features[label_key].shape)};"
@@ -308,7 +326,8 @@ def tfds(
     shape = (size, size, shape[2])
   if None in shape or size and shape[:2] != (size, size):
     raise InputError(
-      f"the images of {name} " + ("differ in size; set size, e.g. size=64" if encoded else f"are {shape}; leave out size")
+      f"the images of {name} "
+      + ("differ in size; set size, e.g. size=64" if encoded else f"are {shape}; leave out size")
     )
   record = _tfds_records(tensorflow_datasets, builder, split, image_key if encoded else None)
   count = builder.info.splits[split].num_examples
@@ -316,7 +335,9 @@ def tfds(
 
   def decode(i: int) -> np.ndarray:
     value = record(i)[image_key]
-    return readers.decode_image(io.BytesIO(value), f"{folder}, image {i}", size, shape[2]) if encoded else value
+    return (
+      readers.decode_image(io.BytesIO(value), f"{folder}, image {i}", size, shape[2]) if encoded else value
+    )
 
   images = Decoded(count, shape, decode)
   names = getattr(features[label_key], "names", ())
@@ -326,20 +347,19 @@ def tfds(
 def digits(split: str = "train") -> ImageSource:
   """The 1797 real 8x8 digits that come with scikit-learn: 1437 'train', 360 'test' (36 of each class).
 
-  Values 0..16 become round(255 v / 16), in one channel. The order is one fixed permutation of the original.
+  Values 0..16 become round(255 v / 16), in one channel. The order is one fixed permutation of the original,
+  and the test images are the last of each class in it.
   """
   _check_split(split)
   from sklearn.datasets import load_digits
 
   bunch = load_digits()
   order = np.random.RandomState(0).permutation(len(bunch.target))  # this generator's stream never changes
-  rank = np.empty(len(order), int)  # how many of the same class come before
-  for digit in range(10):
-    of_class = np.flatnonzero(bunch.target[order] == digit)
-    rank[of_class] = np.arange(len(of_class))
+  test = np.concatenate([np.flatnonzero(bunch.target[order] == digit)[-36:] for digit in range(10)])
+  is_test = np.isin(np.arange(len(order)), test)
   images = np.round(bunch.images[order] * 255 / 16).astype(np.uint8)[..., None]
   whole = image_source([images], [bunch.target[order]], "digits", 10)
-  return whole.select(np.flatnonzero((rank < 36) == (split == "test")))
+  return whole.select(np.flatnonzero(is_test == (split == "test")))
 
 
 SOURCES: dict[str, Callable[..., ImageSource]] = {
@@ -360,7 +380,9 @@ def _checked_images(images, where: str):
   if images.ndim == 3:
     images = images[..., None]
   if images.ndim != 4 or images.shape[-1] > 4 or 0 in images.shape[1:]:
-    raise InputError(f"{where}: images of shape {list(images.shape)}; expected [n, height, width, channels 1 to 4]")
+    raise InputError(
+      f"{where}: images of shape {list(images.shape)}; expected [n, height, width, channels 1 to 4]"
+    )
   if np.issubdtype(images.dtype, np.floating):
     return _bytes_from_unit(images, where)
   if images.dtype != np.uint8:
@@ -376,9 +398,13 @@ def _bytes_from_unit(images: np.ndarray, where: str) -> np.ndarray:
     finite = np.isfinite(part).all((1, 2, 3))
     if not finite.all():
       bad = start + int(np.argmin(finite))
-      raise InputError(f"{where}: image {bad} has values that are not finite (NaN or infinite); expected floats in [0, 1]")
+      raise InputError(
+        f"{where}: image {bad} has values that are not finite (NaN or infinite); expected floats in [0, 1]"
+      )
     if part.min() < 0 or part.max() > 1:
-      raise InputError(f"{where}: float images in [{part.min():g}, {part.max():g}]; expected floats in [0, 1], or uint8")
+      raise InputError(
+        f"{where}: float images in [{part.min():g}, {part.max():g}]; expected floats in [0, 1], or uint8"
+      )
     out[start : start + rows] = np.round(part * 255)
   return out
 
@@ -387,7 +413,9 @@ def _checked_labels(labels: np.ndarray, where: str) -> np.ndarray:
   if labels.ndim == 2 and labels.shape[1] == 1:
     labels = labels[:, 0]
   if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-    raise InputError(f"{where}: labels of type {labels.dtype} and shape {list(labels.shape)}; expected integers [n]")
+    raise InputError(
+      f"{where}: labels of type {labels.dtype} and shape {list(labels.shape)}; expected integers [n]"
+    )
   return labels
 
 

@@ -1,7 +1,7 @@
-"""Pictures of a run and the one page that shows them: training curves, attacked images, bars, grids, report.html.
+"""Pictures of a run and the page that shows them: training curves, attacked images, bars, grids, report.html.
 
-Every file appears whole or not at all. Colours are those of Okabe and Ito (2008), which colour-blind readers can
-tell apart; nothing is said by colour alone.
+Every file appears whole or not at all. Colours are those of Okabe and Ito (2008), which colour-blind readers
+can tell apart.
 """
 
 import base64
@@ -65,18 +65,18 @@ def training_curves(
 ) -> None:
   """PNG with one small panel for each kind of scalar in `rows`, over the optimizer step.
 
-  rows: the lines of metrics.jsonl, each with 'step' and any scalars; None and NaN leave a gap. Names of validation
-  scalars begin with 'validation/'. Losses and their parts share a panel, so do accuracies (training thin, validation
-  with dots; accuracies are fractions and shown in percent), so do learning rate and momentum. Another 'prefix/name'
-  goes to the panel 'prefix', and any other name gets a panel of its own: every scalar is drawn.
-  score: the validation scalar whose largest value (of equal ones the last) is marked as the best step. Default: the
-  last validation accuracy in the rows, if there is one.
+  rows: the lines of metrics.jsonl, each with 'step' and any scalars; None and NaN leave a gap. Names of
+  validation scalars begin with 'validation/'. Losses and their parts share a panel, so do accuracies
+  (fractions, shown in percent; training thin, validation with dots), so do learning rate and momentum.
+  Another 'prefix/name' goes to the panel 'prefix', any other name to one of its own: every scalar is drawn.
+  score: the validation scalar whose largest value (of equal ones the last) is marked as the best step.
+  Default: the last validation accuracy in the rows, if there is one.
   With more than 120 training rows a running mean is drawn over the faint values.
   """
   curves = _curves(rows)
   best = _best(curves, score)
   panels: dict[str, list[str]] = {}
-  for name in curves:
+  for name in sorted(curves, key=_rank):
     panels.setdefault(_panel(name), []).append(name)
   order = [p for p in _PANEL_ORDER if p in panels] + [p for p in panels if p not in _PANEL_ORDER]
   columns = 1 if len(order) == 1 else 2 if len(order) <= 4 else 3
@@ -150,6 +150,11 @@ def _is_validation(name: str) -> bool:
   return name.startswith("validation/")
 
 
+def _rank(name: str) -> tuple[bool, bool]:
+  """The order within a panel, and so of colours: training first, the loss before its parts, clean first."""
+  return _is_validation(name), not (name == "loss" or "clean" in name)
+
+
 def _panel(name: str) -> str:
   """The panel in which the scalar `name` is drawn."""
   prefix, _, base = name.rpartition("/")
@@ -176,7 +181,7 @@ def _label(name: str, panel: str) -> str:
 
 
 def _line_styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
-  """Colour and dashes for each scalar of a panel; a training scalar and its validation counterpart share them."""
+  """Colour and dashes of each scalar of a panel, the same for training and validation of one thing."""
   subject_of = {}
   for name in names:
     base = name.rpartition("/")[2] if name.startswith(("train/", "validation/")) else name
@@ -262,7 +267,7 @@ def _draw_curve(axis, name: str, label: str, steps, values, style) -> None:
     axis.plot(centres, means, label=label, zorder=3, linewidth=1.2, **style)
   else:
     alone = "o" if np.isfinite(values).sum() == 1 else None
-    axis.plot(steps, values, label=label, zorder=3, linewidth=1.2, marker=alone, **style)
+    axis.plot(steps, values, label=label, zorder=3, linewidth=1.2, marker=alone, ms=5, **style)
 
 
 def _running_mean(steps, values, window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -287,8 +292,8 @@ def bars(
 ) -> None:
   """PNG with bars[group][name] side by side in each group, the value written on each.
 
-  intervals: (low, high) around some of the values, drawn as whiskers. percent: values are fractions, shown in percent.
-  A group may lack a name that another has.
+  intervals: (low, high) around some of the values, drawn as whiskers. percent: values are fractions and shown
+  in percent. A group may lack a name that another has.
   """
   from matplotlib import ticker
 
@@ -348,9 +353,10 @@ def adversarial_grid(
   """PNG with a column for each image: clean, adversarial, and the difference amplified; returns its caption.
 
   x, x_adv: [n h w c] in [0, 1], one or three channels. Small images are enlarged by repeating pixels.
-  The last row is 0.5 + amplify * (x_adv - x), clipped; amplify defaults to 0.5 / max|x_adv - x|, which just fills
-  the range, or to 1 if nothing differs. Under an image: what the classifier says, with a tick if it is right.
-  labels, predictions, adversarial_predictions: class numbers [n]. class_names: their words, or None for the numbers.
+  The last row is 0.5 + amplify * (x_adv - x), clipped; amplify defaults to 0.5 / max|x_adv - x|, which just
+  fills the range, or to 1 if nothing differs. Under an image: the predicted class, a tick if it is right.
+  labels, predictions, adversarial_predictions: class numbers [n]. class_names: their words, or None for the
+  numbers.
   """
   x, x_adv = (np.asarray(images, np.float32) for images in (x, x_adv))
   _check_images(x, "x")
@@ -376,9 +382,9 @@ def adversarial_grid(
     texts.append([str(class_names[int(c)]) if class_names is not None else str(int(c)) for c in classes])
     marks.append([bool(c == label) for c, label in zip(classes, labels, strict=True)])
   caption = (
-    f"Top: clean images. Middle: adversarial images. Bottom: 0.5 + {amplify:.3g} \N{MULTIPLICATION SIGN} (adversarial "
-    f"\N{MINUS SIGN} clean). The largest change of a pixel is {largest * 255:.1f}/255. Under each image the predicted "
-    f"class: {_TICK} right, {_CROSS} wrong; the true class stands above."
+    f"Top: clean images. Middle: adversarial images. Bottom: 0.5 + {amplify:.3g} \N{MULTIPLICATION SIGN} "
+    f"(adversarial \N{MINUS SIGN} clean). The largest change of a pixel is {largest * 255:.1f}/255. Under "
+    f"each image the predicted class: {_TICK} right, {_CROSS} wrong; the true class stands above."
   )
   rows = [
     ("clean", _to_bytes(x), list(zip(texts[1], marks[1], strict=True))),
@@ -441,7 +447,7 @@ def _enlarge(images: np.ndarray, scale: int) -> np.ndarray:
 
 
 def _draw_grid(rows, header: Sequence[str]) -> np.ndarray:
-  """Rows of (title, uint8 images, [(text, right?)] or None for no line under them) below a line of headers."""
+  """Rows of (title, uint8 images, [(text, right?)] or None for no text) below a line of headers."""
   from PIL import Image, ImageDraw
 
   _, height, width, _ = rows[0][1].shape
@@ -505,10 +511,11 @@ def html_report(
 ) -> None:
   """One HTML file with the summary, a table of `metrics`, the figures and tables, and how the run was made.
 
-  Nothing is loaded from elsewhere: pictures and style are inside. It follows the reader's dark or light setting and
-  fits a phone. All text is escaped.
-  metrics: name -> value. Where all names are 'prefix/name', a prefix is a column of the table. Values named ...accuracy
-  are fractions, shown in percent. '<metric>/interval' is the half width of its interval, shown behind it.
+  Nothing is loaded from elsewhere: pictures and style are inside. It follows the reader's dark or light
+  setting and fits a phone. All text is escaped.
+  metrics: name -> value. Where all names are 'prefix/name', a prefix is a column of the table. Values named
+  ...accuracy are fractions, shown in percent. '<metric>/interval' is the half width of its interval
+  and stands behind it.
   figures: (PNG file, caption). tables: (caption, header, rows). config_text: shown when unfolded.
   info: device, seconds, versions and the like; nested mappings are flattened.
   """
@@ -609,15 +616,18 @@ _PAGE = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{{title}}</title>
 <style>
-:root { color-scheme: light dark; --ink: #1c1c1e; --paper: #ffffff; --soft: #5f6368; --line: #dcdfe3; --box: #f5f6f8; }
+:root { color-scheme: light dark;
+  --ink: #1c1c1e; --paper: #ffffff; --soft: #5f6368; --line: #dcdfe3; --box: #f5f6f8; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e8e8ea; --paper: #17181a; --soft: #a0a4a9; --line: #393b3f; --box: #212327; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.2rem 1rem 3rem; max-width: 62rem; color: var(--ink); background: var(--paper);
+body { margin: 0 auto; padding: 1.2rem 1rem 3rem; max-width: 62rem;
+  color: var(--ink); background: var(--paper);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.55rem; line-height: 1.25; margin: 0.4rem 0 0.6rem; }
 h2 { font-size: 1.1rem; margin: 2rem 0 0.6rem; }
@@ -628,7 +638,8 @@ th, td { padding: 0.32rem 1.1rem 0.32rem 0; text-align: left; border-bottom: 1px
 .numbers td, thead th:not(:first-child) { text-align: right; }
 tbody th { font-weight: 400; color: var(--soft); }
 figure { margin: 0 0 1.6rem; }
-img { display: block; max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line); border-radius: 6px; }
+img { display: block; max-width: 100%; height: auto; background: #ffffff;
+  border: 1px solid var(--line); border-radius: 6px; }
 figcaption { color: var(--soft); font-size: 0.9rem; margin-top: 0.4rem; max-width: 44rem; }
 @media (max-width: 40rem) {
   .wide { max-width: none; width: 46rem; }

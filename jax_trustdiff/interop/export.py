@@ -13,62 +13,84 @@ from jax_trustdiff.models.registry import MODELS, bind
 from jax_trustdiff.types import Classifier, InputError, LogitsFn, Variables
 
 FORMAT = 1
+ARRAYS = "model.safetensors"
+DESCRIPTION = "model.json"
 
 
 def save_export(
-  directory: str | os.PathLike, model: Mapping[str, Any], variables: Variables, extra: Mapping[str, Any] | None = None
+  directory: str | os.PathLike,
+  model: Mapping[str, Any],
+  variables: Variables,
+  extra: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes `directory`/model.safetensors and model.json, each whole or not at all.
 
   model: {'name': a name in MODELS, **the arguments it is built with}. extra: JSON kept beside it.
   """
   directory = pathlib.Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
-  safetensors_io.save(directory / "model.safetensors", variables)
-  temporary = directory / ".model.json.tmp"
-  temporary.write_text(json.dumps({"format": FORMAT, "model": dict(model), **(extra or {})}, indent=2) + "\n")
-  os.replace(temporary, directory / "model.json")
+  meta = {"format": FORMAT, "model": dict(model), **(extra or {})}
+  text = json.dumps(meta, indent=2) + "\n"
+  safetensors_io.save(directory / ARRAYS, variables)
+  safetensors_io.write_atomically(directory / DESCRIPTION, text.encode())
 
 
 def load_export(directory: str | os.PathLike) -> tuple[Classifier, Variables, dict[str, Any]]:
-  """(network, variables, everything in model.json) of an export; InputError if it is missing, damaged or inconsistent."""
+  """(network, variables, everything in model.json) of an export, the variables as numpy arrays.
+
+  Raises InputError if a file is missing or damaged, or the arrays are not those of the network.
+  """
   directory = pathlib.Path(directory)
-  file = directory / "model.json"
-  try:
-    meta = json.loads(file.read_text())
-    section = dict(meta["model"])
-    constructor = MODELS[section.pop("name")]
-  except (FileNotFoundError, NotADirectoryError):
-    raise InputError(f"no export in {directory}: expected model.json and model.safetensors there") from None
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
-    raise InputError(f"{file} is not the model.json of an export ({type(error).__name__}: {error})") from None
-  try:
-    network = constructor(**{key: tuple(v) if isinstance(v, list) else v for key, v in section.items()})
-  except TypeError as error:
-    raise InputError(f"{file}: {error}") from None
-  variables = safetensors_io.load(directory / "model.safetensors")
-  variables.setdefault("batch_stats", {})
-  _check_shapes(directory, variables, jax.eval_shape(network.init, jax.random.key(0)))
+  meta = _read_description(directory)
+  network = _build(directory / DESCRIPTION, meta["model"])
+  variables = safetensors_io.load(directory / ARRAYS)
+  _check_arrays(directory, variables, jax.eval_shape(network.init, jax.random.key(0)))
   return network, variables, meta
 
 
 def load_classifier(directory: str | os.PathLike) -> LogitsFn:
   """The classifier of an export: images Unit [b h w c] -> logits [b k]; a callable pytree."""
   network, variables, _ = load_export(directory)
-  return bind(network, variables)
+  return bind(network, jax.tree.map(jax.numpy.asarray, variables))
 
 
-def _check_shapes(directory: pathlib.Path, found: Variables, wanted: Variables) -> None:
-  found, wanted = ({name: x.shape for name, x in _flat(tree).items()} for tree in (found, wanted))
+def _read_description(directory: pathlib.Path) -> dict[str, Any]:
+  file = directory / DESCRIPTION
+  if not file.is_file():
+    raise InputError(f"no export in {directory}: expected {DESCRIPTION} and {ARRAYS} there")
+  try:
+    meta = json.loads(file.read_text())
+  except ValueError as error:
+    raise InputError(f"{file}: not JSON, or truncated ({error})") from None
+  if not isinstance(meta, dict) or meta.get("format") != FORMAT or not isinstance(meta.get("model"), dict):
+    raise InputError(
+      f"{file}: not the description of an export (needs 'format': {FORMAT} and 'model': {{...}})"
+    )
+  return meta
+
+
+def _build(file: pathlib.Path, section: Mapping[str, Any]) -> Classifier:
+  arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in section.items()}
+  name = arguments.pop("name", None)
+  if name not in MODELS:
+    raise InputError(f"{file}: unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
+  try:
+    return MODELS[name](**arguments)
+  except (InputError, TypeError) as error:
+    raise InputError(f"{file}: {error}") from None
+
+
+def _check_arrays(directory: pathlib.Path, found: Variables, wanted: Variables) -> None:
+  found, wanted = (
+    {
+      jax.tree_util.keystr(path): (x.shape, str(x.dtype))
+      for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    for tree in (found, wanted)
+  )
   wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
   if wrong:
     name = wrong[0]
     raise InputError(
-      f"{directory}: model.safetensors does not fit model.json: {name} is {found.get(name, 'absent')}, "
+      f"{directory}: {ARRAYS} does not fit {DESCRIPTION}: {name} is {found.get(name, 'absent')}, "
       f"expected {wanted.get(name, 'nothing of that name')} ({len(wrong)} such arrays)"
     )
-
-
-def _flat(tree: Variables) -> dict[str, Any]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

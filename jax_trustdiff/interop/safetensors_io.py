@@ -1,53 +1,75 @@
-"""Nested dicts of arrays as safetensors files: names are joined with dots."""
+"""Nested dicts of arrays <-> safetensors files with '.'-joined names."""
 
 import os
 import pathlib
+import tempfile
+from typing import Any
 
+import jax
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
-import safetensors
-import safetensors.numpy
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors_numpy
 
 from jax_trustdiff.types import InputError, PyTree
 
 
-def flatten(tree: PyTree, prefix: str = "") -> dict[str, np.ndarray]:
-  """{'params.conv.kernel': array, ...} of a nested dict; arrays are made contiguous, which safetensors needs."""
+def flatten(tree: PyTree) -> dict[str, np.ndarray]:
+  """The arrays of a nested dict by '.'-joined name, each contiguous; they are fetched from the devices.
+
+  Raises InputError for a name that is not a string or contains '.', which would not come back.
+  """
   flat = {}
-  for name, value in tree.items():
-    if "." in name:
-      raise ValueError(f"the name {prefix}{name!r} holds a dot and could not be split again")
-    if isinstance(value, dict):
-      flat |= flatten(value, f"{prefix}{name}.")
-    else:
-      flat[prefix + name] = np.ascontiguousarray(np.asarray(value))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    names = [getattr(entry, "key", None) for entry in path]
+    if not all(isinstance(name, str) and "." not in name for name in names):
+      raise InputError(
+        f"cannot be saved by name: {jax.tree_util.keystr(path)} (names are strings without '.')"
+      )
+    flat[".".join(names)] = np.asarray(leaf, order="C")
   return flat
 
 
-def unflatten(flat: dict[str, np.ndarray]) -> PyTree:
-  """The nested dict whose `flatten` is `flat`."""
-  tree = {}
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+  """The nested dict whose '.'-joined names are the keys of `flat`."""
+  tree: dict[str, Any] = {}
   for name, value in flat.items():
-    *parents, last = name.split(".")
+    *parents, leaf = name.split(".")
     node = tree
     for parent in parents:
       node = node.setdefault(parent, {})
-    node[last] = value
+    node[leaf] = value
   return tree
 
 
-def save(path: str | os.PathLike, tree: PyTree) -> None:
-  """Writes `tree` whole or not at all."""
+def save(path: str | pathlib.Path, tree: PyTree, metadata: dict[str, str] | None = None):
+  """Writes a nested dict of arrays; the file appears whole or not at all."""
+  write_atomically(path, safetensors_numpy.save(flatten(tree), metadata))
+
+
+def load(path: str | pathlib.Path) -> dict[str, Any]:
+  """The nested dict of numpy arrays in a file; InputError when it is missing, truncated or another format."""
   path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}.tmp")
-  safetensors.numpy.save_file(flatten(tree), temporary)
-  os.replace(temporary, path)
-
-
-def load(path: str | os.PathLike) -> PyTree:
-  """The nested dict of numpy arrays in a file; InputError if there is none or it is damaged."""
+  if not path.is_file():
+    raise InputError(f"{path}: no such file; expected a .safetensors file")
   try:
-    return unflatten(safetensors.numpy.load_file(path))
-  except FileNotFoundError:
-    raise InputError(f"no file {path}") from None
-  except safetensors.SafetensorError as error:
-    raise InputError(f"{path} is not a whole safetensors file ({error})") from None
+    return unflatten(safetensors_numpy.load_file(path))
+  except (SafetensorError, OSError, ValueError) as error:
+    raise InputError(f"{path}: not a safetensors file, or truncated ({error})") from None
+
+
+def write_atomically(path: str | pathlib.Path, data: bytes):
+  """Writes `data` to a temporary file beside `path`, flushes it to the disk and renames it."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+  try:
+    with os.fdopen(handle, "wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+  except BaseException:
+    os.unlink(temporary)
+    raise

@@ -5,6 +5,7 @@ and Wang et al. 2023. With 1x1 shortcuts: the plain one.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ class Block(nn.Module):
   stride: int
   activation: str
   shortcut: str
-  dtype: jnp.dtype
+  dtype: Any
   bn_groups: int
 
   @nn.compact

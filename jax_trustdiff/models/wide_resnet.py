@@ -5,6 +5,7 @@ Rebuffi et al. 2021 and Wang et al. 2023: pre-activation blocks, SiLU or ReLU, '
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ class Block(nn.Module):
   features: int
   stride: int
   activation: str
-  dtype: jnp.dtype
+  dtype: Any
   bn_groups: int
 
   @nn.compact

@@ -1,0 +1,121 @@
+"""Variables of our networks <-> state_dicts of wzekai99/DM-Improves-AT and imrahulr/adversarial_robustness_pytorch.
+
+Both use the networks of Gowal et al. 2020 under the same names: 'layer.0.block.1.conv_0.weight' in a WideResNet,
+'layer_0.1.conv_2d_1.weight' in a PreActResNet. Convolutions go from OIHW to HWIO, linear layers are transposed.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_trustdiff.interop.safetensors_io import unflatten
+from jax_trustdiff.models.preact_resnet import PreActResNet
+from jax_trustdiff.models.wide_resnet import WideResNet
+from jax_trustdiff.types import Classifier, InputError, Variables
+
+# our module name -> theirs; applied to each part of 'group0_block1/norm0'
+WIDE_RESNET = {
+  r"group(\d+)_block(\d+)": r"layer.\1.block.\2",
+  r"norm(\d)": r"batchnorm_\1",
+  r"norm": "batchnorm",
+  r"conv(\d)": r"conv_\1",
+  r"conv": "init_conv",
+}
+PREACT_RESNET = {
+  r"group(\d+)_block(\d+)": r"layer_\1.\2",
+  r"norm(\d)": r"batchnorm_\1",
+  r"norm": "batchnorm",
+  r"conv0": "conv_2d_1",
+  r"conv1": "conv_2d_2",
+  r"conv": "conv_2d",
+}
+NAMES = {WideResNet: WIDE_RESNET, PreActResNet: PREACT_RESNET}
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+PREFIX = re.compile(r"^(module\.)?(0\.)?")  # torch.nn.DataParallel, and a Sequential around the network
+
+
+def from_torch(network: Classifier, state_dict: Mapping[str, Any]) -> Variables:
+  """The float32 variables of `network` from a state_dict with the reference's names.
+
+  A checkpoint that holds the state_dict under 'model_state_dict' or 'state_dict' is unwrapped, and the prefixes
+  'module.', '0.' and 'module.0.' are removed. Every tensor is used but num_batches_tracked, a counter that has
+  no meaning here, and the constants mean and std where they agree with the network's.
+  Raises InputError that names the tensors that are missing, left over, or of another shape.
+  """
+  for key in ("model_state_dict", "state_dict"):
+    state_dict = state_dict.get(key, state_dict)
+  found = {PREFIX.sub("", name): np.asarray(value) for name, value in state_dict.items()}
+  if len(found) < len(state_dict):
+    raise InputError("the state_dict holds tensors whose names differ only in the prefix 'module.' or '0.'")
+  found = {name: value for name, value in found.items() if not name.endswith("num_batches_tracked")}
+  for name in {"mean", "std"} & found.keys():
+    _check_constant(name, found.pop(name), getattr(network, name))
+  wanted = jax.eval_shape(network.init, jax.random.key(0))
+  flat = {}
+  for path, leaf in _leaves(wanted):
+    name = _torch_name(network, path)
+    if name in found and _transposed_shape(leaf.shape) == found[name].shape:
+      flat[".".join(path)] = np.asarray(_from_torch_layout(found.pop(name)), np.float32, order="C")
+  missing = [_torch_name(network, path) for path, _ in _leaves(wanted) if ".".join(path) not in flat]
+  if missing or found:
+    wrong = {name: f"{name} {found[name].shape}" for name in found}
+    raise InputError(
+      f"the state_dict does not fit {network}: "
+      f"missing or of another shape: {_some(missing)}; left over: {_some(wrong.values())}"
+    )
+  return unflatten(flat)
+
+
+def to_torch(network: Classifier, variables: Variables) -> dict[str, np.ndarray]:
+  """The state_dict under the reference's names and in torch's layout; without num_batches_tracked."""
+  return {
+    _torch_name(network, path): np.array(_to_torch_layout(np.asarray(leaf)), order="C")
+    for path, leaf in _leaves(variables)
+  }
+
+
+def _leaves(tree: Variables) -> list[tuple[tuple[str, ...], Any]]:
+  return [
+    (tuple(entry.key for entry in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  ]
+
+
+def _torch_name(network: Classifier, path: tuple[str, ...]) -> str:
+  if type(network) not in NAMES:
+    known = ", ".join(kind.__name__ for kind in NAMES)
+    raise InputError(f"no torch names for {type(network).__name__}; there are names for: {known}")
+  _, *modules, leaf = path
+  return ".".join([*(_translate(module, NAMES[type(network)]) for module in modules), LEAVES[leaf]])
+
+
+def _translate(module: str, names: Mapping[str, str]) -> str:
+  for pattern, theirs in names.items():
+    if match := re.fullmatch(pattern, module):
+      return match.expand(theirs)
+  return module
+
+
+def _from_torch_layout(value: np.ndarray) -> np.ndarray:
+  return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+
+def _to_torch_layout(value: np.ndarray) -> np.ndarray:
+  return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+
+
+def _transposed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+  return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+
+
+def _check_constant(name: str, found: np.ndarray, wanted: tuple[float, ...]):
+  found = np.asarray(found, np.float32).reshape(-1)
+  if not (found.size in (1, len(wanted)) and np.allclose(found, np.asarray(wanted, np.float32), atol=1e-6)):
+    raise InputError(f"the state_dict was made for {name} {found.tolist()}, the network has {list(wanted)}")
+
+
+def _some(names: Any) -> str:
+  names = sorted(names)
+  return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "none"
