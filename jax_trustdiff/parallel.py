@@ -107,6 +107,18 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def enable_compilation_cache() -> None:
+  """Keeps compiled programs in the user's cache folder; JAX_COMPILATION_CACHE_DIR names another, '' none."""
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    base = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    jax.config.update("jax_compilation_cache_dir", os.path.join(base, "jax_trustdiff", "xla"))
+
+
+def quick_compilation() -> dict | None:
+  """Compiler options for a program that runs once: XLA:CPU optimises less and compiles several times as fast."""
+  return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+
+
 # ---- meshes and shardings ----
 
 
@@ -205,6 +217,18 @@ def replicate_to_devices(mesh: Mesh, tree: PyTree) -> PyTree:
   return jax.tree.map(copy, tree)
 
 
+def place(tree: PyTree, like: PyTree) -> PyTree:
+  """The host arrays of `tree`, equal in every process, with the dtypes and shardings of the arrays of `like`."""
+
+  def put(x, old):
+    x = np.asarray(x, old.dtype)
+    if x.shape != old.shape:
+      raise InputError(f"an array of shape {x.shape} does not fit where one of shape {old.shape} belongs")
+    return jax.make_array_from_callback(x.shape, old.sharding, lambda index: x[index])
+
+  return jax.tree.map(put, tree, like)
+
+
 def gather_to_host(tree: PyTree) -> PyTree:
   """The whole arrays of `tree` as numpy, in every process; all processes must call it together.
 
@@ -295,22 +319,3 @@ def _partition(mesh: AnyMesh, name: str, shape: tuple[int, ...], rule: Rule) -> 
         f"sharding rule {tuple(rule)}: {name} of shape {shape} is not divisible by {pieces} there"
       )
   return PartitionSpec(*rule)
-
-
-def enable_compilation_cache() -> None:
-  """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR says where (or '' for no)."""
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    base = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-    jax.config.update("jax_compilation_cache_dir", os.path.join(base, "jax_trustdiff", "xla"))
-
-
-def place(tree: PyTree, like: PyTree) -> PyTree:
-  """The host arrays of `tree`, equal in every process, with the dtypes and shardings of the arrays of `like`."""
-
-  def put(x, old):
-    x = np.asarray(x, old.dtype)
-    if x.shape != old.shape:
-      raise InputError(f"an array of shape {x.shape} does not fit where one of shape {old.shape} belongs")
-    return jax.make_array_from_callback(x.shape, old.sharding, lambda index: x[index])
-
-  return jax.tree.map(put, tree, like)

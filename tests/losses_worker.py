@@ -10,6 +10,8 @@ import jax
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
+from jax_trustdiff.tasks import classifiers, train_classifier
+from jax_trustdiff.training import state
 
 name, dtype, num_steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
 if len(sys.argv) > 4:
@@ -17,8 +19,6 @@ if len(sys.argv) > 4:
 if dtype == "float64":
   jax.config.update("jax_enable_x64", True)
 
-from jax_trustdiff.tasks import classifiers, train_classifier
-from jax_trustdiff.training import state
 
 objective = {
   "standard": {"name": "standard", "label_smoothing": 0.1},

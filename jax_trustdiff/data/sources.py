@@ -362,6 +362,11 @@ def digits(split: str = "train") -> ImageSource:
   return whole.select(np.flatnonzero(is_test == (split == "test")))
 
 
+def npz_or_digits(path: Path = "", split: str = "train", num_classes: int | None = None) -> ImageSource:
+  """`npz` of `path`, or the bundled digits where path is '': for smoke tests that must run anywhere."""
+  return npz(path, split, num_classes) if path else digits(split)
+
+
 SOURCES: dict[str, Callable[..., ImageSource]] = {
   "npz": npz,
   "npy": npy,
@@ -370,6 +375,7 @@ SOURCES: dict[str, Callable[..., ImageSource]] = {
   "cifar_python": cifar_python,
   "tfds": tfds,
   "digits": digits,
+  "npz_or_digits": npz_or_digits,
 }
 
 

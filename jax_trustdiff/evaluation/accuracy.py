@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Int, Key
 
 from jax_trustdiff.types import Labels, LogitsFn, Unit
 
@@ -18,11 +18,19 @@ def image_keys(key: Key[Array, ""], ids: Int[Array, "b"]) -> Key[Array, "b"]:
 
 def verdicts(
   logits_fn: LogitsFn, attack: Attack, x: Unit, y: Labels, ids: Int[Array, "b"], key: Key[Array, ""]
-) -> dict[str, Bool[Array, "b"]]:
-  """Whether each image is classified right: 'clean', and 'robust' (right before and after the attack).
+) -> dict[str, Array]:
+  """What became of each image: 'clean' and 'robust' [b] bool, the classes seen before and after, and the images.
 
-  An image that is already misclassified counts as broken, whatever the attack made of it.
+  'robust' is right before and after the attack: an image that is misclassified from the beginning counts as broken,
+  whatever the attack made of it. 'prediction' and 'adversarial_prediction' are int [b], 'x_adv' is Unit.
   """
-  clean = jnp.argmax(logits_fn(x), axis=1) == y
+  before = jnp.argmax(logits_fn(x), axis=1)
   x_adv = attack(logits_fn, x, y, image_keys(key, ids))
-  return {"clean": clean, "robust": clean & (jnp.argmax(logits_fn(x_adv), axis=1) == y)}
+  after = jnp.argmax(logits_fn(x_adv), axis=1)
+  return {
+    "clean": before == y,
+    "robust": (before == y) & (after == y),
+    "prediction": before,
+    "adversarial_prediction": after,
+    "x_adv": x_adv,
+  }

@@ -169,7 +169,8 @@ def _our_step(network, objective_name: str, batch_size: int, num_steps: int) -> 
 def _cliff() -> dict[str, float]:
   """Gradients of a 3x3 convolution, 64 to 64 channels, 32x32, batch 16: inside a loop against plain lax outside of one."""
   keys = jax.random.split(jax.random.key(0), 3)
-  x, w, g = (jax.random.normal(k, s) for k, s in zip(keys, ((16, 32, 32, 64), (3, 3, 64, 64), (16, 32, 32, 64))))
+  image, kernel = (16, 32, 32, 64), (3, 3, 64, 64)
+  x, w, g = (jax.random.normal(key, shape) for key, shape in zip(keys, (image, kernel, image), strict=True))
   count = 4
 
   def convolve(conv, x, w):

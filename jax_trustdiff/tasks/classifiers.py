@@ -50,7 +50,7 @@ def initial_variables(config, network: Classifier) -> Variables | None:
     return None
   _, variables, _ = export.load_export(config.init_from)
   wanted = jax.eval_shape(network.init, jax.random.key(0))
-  if jax.tree.map(np.shape, variables) != jax.tree.map(lambda x: x.shape, wanted):
+  if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, wanted):
     raise InputError(f"init_from={config.init_from!r} holds another network than config.model describes")
   return variables
 
@@ -61,38 +61,48 @@ def model_section(config, network: Classifier) -> dict[str, Any]:
   return section | {"num_classes": network.num_classes, "image_shape": network.image_shape}
 
 
+@dataclasses.dataclass(frozen=True)
+class Verdicts:
+  """Of every image of a source, and the first attacked images to look at."""
+
+  clean: np.ndarray  # bool [n], classified right
+  robust: np.ndarray  # bool [n], right before and after the attack
+  shown: dict[str, np.ndarray]  # first batch: image and x_adv in [0, 1], label, prediction, adversarial_prediction
+
+
 class Evaluator:
   """Clean and robust accuracy of variables of one network on one source, compiled once.
 
   attack: a section of ATTACKS. batch_size need not divide the source. The key of an image depends on `seed` and its
-  id alone, so a result does not depend on batch size or device count. precise: float32 with the highest matmul
-  precision, whatever the network computes in; verdicts that are published are made this way.
+  id alone, so a result does not depend on batch size or device count. Everything is computed in float32 with the
+  highest precision, whatever the network computes in.
   """
 
-  def __init__(self, network: Classifier, source, attack, batch_size: int, mesh, seed: int, precise: bool):
+  def __init__(self, network: Classifier, source: sources.ImageSource, attack, batch_size: int, mesh, seed: int):
     parallel.check_batch(batch_size, mesh)
-    self._network = dataclasses.replace(network, dtype="float32") if precise else network
+    self._network = dataclasses.replace(network, dtype="float32")
     self._source, self._batch_size, self._mesh = source, batch_size, mesh
     self._key = jax.random.key(seed)
     self._attack = config_lib.build(ATTACKS, attack)
-    self._precision = "highest" if precise else None
     self._judge = jax.jit(self._verdicts)
 
-  def __call__(self, variables: Variables, what: str = "") -> dict[str, np.ndarray]:
-    """{'clean': bool [n], 'robust': bool [n]} over the source; `what` names the work in the progress line."""
+  def __call__(self, variables: Variables, what: str = "") -> Verdicts:
+    """The verdicts on the whole source; `what` names the work in a progress line."""
     logits_fn = bind(self._network, variables)
-    found, done = [], 0
-    with ProgressReport(what or "image", len(self._source)) as progress:
+    found, shown = [], {}
+    with ProgressReport(what or "image", len(self._source), quiet=not what) as progress:
       for batch in pipeline.eval_batches(self._source, self._batch_size, self._mesh):
-        found.append(parallel.gather_to_host(self._judge(logits_fn, batch)))
-        done = min(done + self._batch_size, len(self._source))
-        if what:
-          progress.update(done)
-    joined = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
-    return {name: joined[name][joined["mask"]] for name in ("clean", "robust")}
+        judged = self._judge(logits_fn, batch)
+        found.append(parallel.gather_to_host({name: judged[name] for name in ("clean", "robust", "mask")}))
+        shown = shown or parallel.gather_to_host(judged | {name: batch[name] for name in ("image", "label")})
+        progress.update(min(len(found) * self._batch_size, len(self._source)))
+    mask = np.concatenate([f["mask"] for f in found])
+    clean, robust = (np.concatenate([f[name] for f in found])[mask] for name in ("clean", "robust"))
+    shown = {name: values[shown["mask"]] for name, values in shown.items()}
+    return Verdicts(clean, robust, shown | {"image": shown["image"] / np.float32(255)})
 
-  def _verdicts(self, logits_fn: LogitsFn, batch):
-    with jax.default_matmul_precision(self._precision):
+  def _verdicts(self, logits_fn: LogitsFn, batch) -> dict[str, jax.Array]:
+    with jax.default_matmul_precision("highest"):
       x = to_unit(batch["image"])
       found = accuracy.verdicts(logits_fn, self._attack, x, batch["label"], batch["id"], self._key)
     return found | {"mask": batch["mask"]}

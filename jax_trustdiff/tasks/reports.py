@@ -1,30 +1,34 @@
 """report/ of a run: pictures, and one page that shows them with the numbers."""
 
-import jax
-import numpy as np
-
 from jax_trustdiff import config as config_lib
-from jax_trustdiff.attacks.pgd import ATTACKS
-from jax_trustdiff.evaluation import accuracy, report, statistics
+from jax_trustdiff.evaluation import report, statistics
 from jax_trustdiff.tasks import classifiers
 from jax_trustdiff.training.workdir import Workdir
-from jax_trustdiff.types import LogitsFn, to_unit
 
 
 def classifier_report(
-  config, workdir: Workdir, logits_fn: LogitsFn, data: classifiers.ClassifierData, verdicts, metrics
+  config, workdir: Workdir, class_names: tuple[str, ...], verdicts: classifiers.Verdicts, metrics
 ) -> None:
   """Training curves, a grid of attacked test images and report.html of one classifier, in workdir/report."""
   folder = workdir / "report"
   folder.mkdir(exist_ok=True)
   report.training_curves(workdir.read_metrics(), folder / "training_curves.png")
-  attacked = _attacked_grid(config, logits_fn, data, folder / "adversarial_images.png")
+  shown = {name: values[: config.report.num_images] for name, values in verdicts.shown.items()}
+  caption = report.adversarial_grid(
+    shown["image"],
+    shown["x_adv"],
+    folder / "adversarial_images.png",
+    labels=shown["label"],
+    predictions=shown["prediction"],
+    adversarial_predictions=shown["adversarial_prediction"],
+    class_names=class_names,
+  )
   attack = classifiers.attack_name(config.eval.attack)
-  count = len(verdicts["clean"])
+  count = len(verdicts.clean)
   rows = []
-  for name, key in (("clean", "clean"), (attack, "robust")):
-    low, high = statistics.binomial_interval(int(verdicts[key].sum()), count)
-    rows.append([name, f"{verdicts[key].mean():.1%}", f"{low:.1%} to {high:.1%}"])
+  for name, right in (("clean", verdicts.clean), (attack, verdicts.robust)):
+    low, high = statistics.binomial_interval(int(right.sum()), count)
+    rows.append([name, f"{right.mean():.1%}", f"{low:.1%} to {high:.1%}"])
   report.html_report(
     folder / "report.html",
     title=f"{config.model.name} trained with {config.objective.name}",
@@ -35,7 +39,7 @@ def classifier_report(
     metrics=metrics,
     figures=[
       (folder / "training_curves.png", "Training and validation"),
-      (folder / "adversarial_images.png", attacked),
+      (folder / "adversarial_images.png", caption),
     ],
     tables=[("Accuracy with 95 % Clopper-Pearson intervals", ["attack", "accuracy", "interval"], rows)],
     config_text=config_lib.to_json(config),
@@ -66,23 +70,3 @@ def comparison_report(config, workdir: Workdir, names: tuple[str, ...], attack: 
     config_text=config_lib.to_json(config),
     info=workdir.information(),
   )
-
-
-def _attacked_grid(config, logits_fn: LogitsFn, data: classifiers.ClassifierData, path) -> str:
-  """Draws the first test images attacked; returns the caption."""
-  shown = data.test.take(np.arange(min(config.report.num_images, len(data.test))))
-  x, y = to_unit(shown["image"]), shown["label"]
-  attack = config_lib.build(ATTACKS, config.eval.attack)
-  keys = accuracy.image_keys(jax.random.key(config.seed), shown["id"].astype(np.int32))
-  x_adv = jax.jit(attack)(logits_fn, x, y, keys)
-  before, after = (np.asarray(logits_fn(images).argmax(axis=1)) for images in (x, x_adv))
-  caption = report.adversarial_grid(
-    np.asarray(x),
-    np.asarray(x_adv),
-    path,
-    labels=y,
-    predictions=before,
-    adversarial_predictions=after,
-    class_names=data.test.class_names,
-  )
-  return caption or "Clean, adversarial and amplified difference"

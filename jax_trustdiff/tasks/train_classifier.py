@@ -10,13 +10,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
 from jax_trustdiff.data import augment, pipeline
 from jax_trustdiff.interop import export
-from jax_trustdiff.models.registry import bind, forward_flops, num_params
+from jax_trustdiff.models.registry import forward_flops, num_params
 from jax_trustdiff.robustness import objectives
 from jax_trustdiff.tasks import classifiers, reports
 from jax_trustdiff.training import loop, optimizers, state
@@ -37,9 +36,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   network = classifiers.build_network(config.model, data.train)
   trainer = build_trainer(config, network, data, mesh)
   test, validation = (
-    classifiers.Evaluator(
-      network, source, attack, config.eval.batch_size, mesh, seed=config.seed, precise=source is data.test
-    )
+    classifiers.Evaluator(network, source, attack, config.eval.batch_size, mesh, config.seed)
     for source, attack in ((data.test, config.eval.attack), (data.validation, config.eval.validation_attack))
   )
   variables = classifiers.initial_variables(config, network)
@@ -55,7 +52,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 
   def validate(train_state):
     found = validation(train_state.ema_variables)
-    return {"clean_accuracy": found["clean"].mean(), f"{name}_accuracy": found["robust"].mean()}
+    return {"clean_accuracy": float(found.clean.mean()), f"{name}_accuracy": float(found.robust.mean())}
 
   checkpoints = Checkpoints(workdir / "checkpoints")
   last = loop.fit(
@@ -86,7 +83,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     export.save_export(
       workdir / "export", classifiers.model_section(config, network), best_variables, {"metrics": metrics}
     )
-    reports.classifier_report(config, workdir, bind(network, best_variables), data, verdicts, metrics)
+    reports.classifier_report(config, workdir, data.test.class_names, verdicts, metrics)
   return metrics
 
 
@@ -149,9 +146,9 @@ def build_trainer(config, network: Classifier, data: classifiers.ClassifierData,
   )
 
 
-def _accuracies(verdicts: dict[str, np.ndarray], config) -> dict[str, float]:
+def _accuracies(verdicts: classifiers.Verdicts, config) -> dict[str, float]:
   robust = f"{classifiers.attack_name(config.eval.attack)}_accuracy"
-  return {"clean_accuracy": float(verdicts["clean"].mean()), robust: float(verdicts["robust"].mean())}
+  return {"clean_accuracy": float(verdicts.clean.mean()), robust: float(verdicts.robust.mean())}
 
 
 def _say_size(network: Classifier, fresh: state.TrainState, data: classifiers.ClassifierData, trainer: Trainer) -> None:

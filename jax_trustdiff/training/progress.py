@@ -6,6 +6,8 @@ import time
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+SECONDS_BETWEEN_LINES = 20.0  # where there is no terminal
+
 
 def say(line: str) -> None:
   """One line to standard error, from process 0 of a run."""
@@ -27,15 +29,15 @@ class ProgressReport:
   remember compilation or a validation pass.
   """
 
-  def __init__(self, what: str, total: int, done: int = 0, images_per_item: float = 1.0, seconds_between_lines=20.0):
+  def __init__(self, what: str, total: int, done: int = 0, images_per_item: float = 1.0, quiet: bool = False):
+    self._quiet = quiet or jax.process_index() != 0
     self._what, self._total, self._done = what, total, done
     self._images_per_item = images_per_item
-    self._between = seconds_between_lines
     self._speed = None
     self._mark = (time.perf_counter(), done)
     self._last_line = time.perf_counter()
     self._bar = None
-    if sys.stderr.isatty() and jax.process_index() == 0:
+    if sys.stderr.isatty() and not self._quiet:
       self._bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -58,7 +60,7 @@ class ProgressReport:
     text = ", ".join(filter(None, [self._speed_text(), note]))
     if self._bar is not None:
       self._bar.update(self._task, completed=done, note=text)
-    elif now - self._last_line >= self._between or done == self._total:
+    elif not self._quiet and (now - self._last_line >= SECONDS_BETWEEN_LINES or done == self._total):
       self._last_line = now
       say(f"{self._what} {done}/{self._total}  {text}")
 

@@ -61,7 +61,8 @@ def create_sharded(
 ) -> TrainState:
   """`create`, with every array born in its shards: shapes first, then shardings by path, then the values."""
   make = lambda key: create(init, optimizer, key)  # noqa: E731
-  return jax.jit(make, out_shardings=parallel.shardings(mesh, jax.eval_shape(make, key), rules))(key)
+  born = jax.jit(make, out_shardings=parallel.shardings(mesh, jax.eval_shape(make, key), rules))
+  return born.lower(key).compile(compiler_options=parallel.quick_compilation())(key)
 
 
 def with_variables(state: TrainState, variables: Variables) -> TrainState:
