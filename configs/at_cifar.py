@@ -152,8 +152,8 @@ def _cpu(config):
     keep_clean=False,
     label_smoothing=0.0,
   )
-  config.schedule = dict(name="one_cycle", learning_rate=0.2, warmup_fraction=0.25)
-  config.train.update(batch_size=128, num_epochs=6, num_validation=256, log_every=25, checkpoint_every=200)
+  config.schedule = dict(name="one_cycle", learning_rate=0.1, warmup_fraction=0.25)
+  config.train.update(batch_size=64, num_epochs=1, num_validation=256, log_every=25, checkpoint_every=200)
   config.eval.validation_attack.num_steps = 10
   config.eval.update(num_test=1000, batch_size=250)
 

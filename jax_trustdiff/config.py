@@ -24,7 +24,7 @@ _PACKAGE = pathlib.Path(__file__).resolve().parent
 _RECIPE_ROOTS = (_PACKAGE, _PACKAGE.parent)
 
 
-def build(registry: Mapping[str, Callable], section: Mapping[str, Any], **extra) -> Any:
+def build(registry: Mapping[str, Callable], section: Mapping[str, Any] | ConfigDict, **extra) -> Any:
   """The object that `section` names: registry[section['name']](**rest of the section, **extra).
 
   InputError for a name that is not in the registry, an argument it does not take, or one it needs and misses.

@@ -35,7 +35,14 @@ mesh = parallel.make_mesh()
 data = classifiers.load_data(config)
 network = classifiers.build_network(config.model, data.train)
 trainer = train_classifier.build_trainer(config, network, data, mesh)
-current = state.create_sharded(network.init, trainer.optimizer, jax.random.key(0), mesh, ())
+
+
+def init(key):
+  """Parameters in the precision of the run."""
+  return jax.tree.map(lambda x: x.astype(dtype), network.init(key))
+
+
+current = state.create_sharded(init, trainer.optimizer, jax.random.key(0), mesh, ())
 feed = trainer.feed
 feed.start(0)
 

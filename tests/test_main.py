@@ -98,7 +98,7 @@ def test_bad_input_is_one_line(capfd, tmp_path, args, message):
     ({"label": np.zeros(5, int)}, "5 labels"),
     ({"image": np.full((96, 8, 8, 3), np.nan, np.float32)}, "NaN"),
     ({"image": np.full((96, 8, 8, 3), 300.0, np.float32)}, "300"),
-    ({"image": np.zeros((96, 8), np.uint8)}, "(96, 8)"),
+    ({"image": np.zeros((96, 8), np.uint8)}, "[96, 8]"),
   ],
 )
 def test_bad_data_is_one_line(capfd, tmp_path, npz, replaced, message):

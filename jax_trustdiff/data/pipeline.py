@@ -10,7 +10,7 @@ a payload for each dispatch of k steps; inside the step `take(arrays, payload of
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -67,6 +67,7 @@ class EpochSampler:
       return order
 
 
+@runtime_checkable
 class Feed(Protocol):
   """What a training loop needs of its data."""
 

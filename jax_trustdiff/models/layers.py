@@ -126,7 +126,7 @@ def _kernel_gradient(strides, pads, precision, x, kernel, dy) -> jax.Array:
       shifted = lax.slice(x, (0, i, j, 0), stop, (1, *strides, 1)).reshape(-1, x.shape[3])
       taps.append(
         lax.dot_general(
-          shifted, dy, (((0,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+          shifted, dy, (((0,), (0,)), ((), ())), precision=precision, preferred_element_type=wide(x.dtype)
         )
       )
   return jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
@@ -149,9 +149,14 @@ def conv(
   )
 
 
-def linear(features: int, *, name: str) -> nn.Dense:
-  """A float32 linear layer; weights uniform in +-1/sqrt(fan in) as in torch, bias zero."""
-  return nn.Dense(features, dtype=jnp.float32, kernel_init=linear_init, name=name)
+def linear(features: int, *, name: str, dtype: Any = jnp.float32) -> nn.Dense:
+  """A linear layer; weights uniform in +-1/sqrt(fan in) as in torch, bias zero."""
+  return nn.Dense(features, dtype=dtype, kernel_init=linear_init, name=name)
+
+
+def wide(dtype: Any) -> Any:
+  """The type of statistics, sums and logits in a network that computes in `dtype`: float32, or float64 for float64."""
+  return jnp.promote_types(dtype, jnp.float32)
 
 
 # The initial values are drawn as vectors: XLA:CPU compiles a four-dimensional draw five times longer.
@@ -193,10 +198,10 @@ class BatchNorm(nn.Module):
     var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
     if not train:
       gain = scale * lax.rsqrt(var.value + self.eps)
-      return ((x.astype(jnp.float32) - mean.value) * gain + bias).astype(x.dtype)
+      return ((x.astype(wide(x.dtype)) - mean.value) * gain + bias).astype(x.dtype)
     if x.shape[0] % self.groups:
       raise ValueError(f"BatchNorm: a batch of {x.shape[0]} does not split into {self.groups} equal groups")
-    grouped = x.astype(jnp.float32).reshape(self.groups, -1, *x.shape[1:])
+    grouped = x.astype(wide(x.dtype)).reshape(self.groups, -1, *x.shape[1:])
     count = grouped.size // (self.groups * channels)
     if count < 2:
       raise ValueError(f"BatchNorm: training needs more than one value per channel, got shape {x.shape}")

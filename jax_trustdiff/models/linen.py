@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jax_trustdiff.models import layers
 from jax_trustdiff.types import InputError, Logits, PyTree, Unit, Variables
 
 ACTIVATIONS = {"swish": nn.silu, "relu": nn.relu}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +68,8 @@ class LinenClassifier(abc.ABC):
 def normalise(
   x: Float[Array, "b h w c"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "b h w c"]:
-  """`(x - mean) / std` per channel in float32."""
-  return (x.astype(jnp.float32) - jnp.array(mean)) / jnp.array(std)
+  """`(x - mean) / std` per channel in float32, or in float64 for float64 images."""
+  return (x.astype(layers.wide(x.dtype)) - jnp.array(mean)) / jnp.array(std)
 
 
 def check(good: bool, message: str):

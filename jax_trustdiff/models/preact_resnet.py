@@ -8,7 +8,6 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_trustdiff.models import layers
@@ -76,7 +75,8 @@ class PreActResNetModule(nn.Module):
           name=f"group{i}_block{j}",
         )(h, train)
     h = ACTIVATIONS[config.activation](layers.BatchNorm(groups=config.bn_groups, name="norm")(h, train))
-    return layers.linear(config.num_classes, name="logits")(h.astype(jnp.float32).mean((1, 2)))
+    h = h.astype(layers.wide(dtype)).mean((1, 2))
+    return layers.linear(config.num_classes, name="logits", dtype=layers.wide(dtype))(h)
 
 
 @dataclasses.dataclass(frozen=True)

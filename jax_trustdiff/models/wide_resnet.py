@@ -8,7 +8,6 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_trustdiff.models import layers
@@ -59,7 +58,8 @@ class WideResNetModule(nn.Module):
           name=f"group{i}_block{j}",
         )(h, train)
     h = ACTIVATIONS[config.activation](layers.BatchNorm(groups=config.bn_groups, name="norm")(h, train))
-    return layers.linear(config.num_classes, name="logits")(h.astype(jnp.float32).mean((1, 2)))
+    h = h.astype(layers.wide(dtype)).mean((1, 2))
+    return layers.linear(config.num_classes, name="logits", dtype=layers.wide(dtype))(h)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,8 @@ class WideResNet(LinenClassifier):
   depth: 10, 16, 22, 28, 34, ..., 70. image_shape: (h, w, c), any size.
   activation: 'swish' (SiLU) or 'relu'. mean, std: images become (x - mean) / std inside the network;
   one value per channel, or one for all. dtype: 'float32' or 'bfloat16', the type of convolutions and
-  activations; parameters, statistics, normalised images before the cast, and logits are float32.
+  activations; parameters, statistics, normalised images before the cast, and logits are float32. 'float64', for
+  tests, needs jax_enable_x64 and widens all but the parameters.
   remat: recompute each block in the backward pass to save memory. bn_groups: ghost BatchNorm groups.
   """
 

@@ -22,7 +22,7 @@ from jax_trustdiff.training import loop, optimizers, state
 from jax_trustdiff.training.checkpoints import Checkpoints
 from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir
-from jax_trustdiff.types import Classifier, to_unit
+from jax_trustdiff.types import Classifier, InputError, to_unit
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
@@ -101,7 +101,11 @@ def build_trainer(config, network: Classifier, data: classifiers.ClassifierData,
   """The training step of `config.objective` on `data`; InputError for anything that does not fit."""
   batch_size, accumulate = config.train.batch_size, config.train.accumulate
   parallel.check_batch(batch_size, mesh)
-  parallel.check_batch(batch_size // accumulate if batch_size % accumulate == 0 else -1, mesh)
+  if accumulate < 1 or batch_size % accumulate:
+    raise InputError(f"train.accumulate={accumulate} does not divide train.batch_size={batch_size}")
+  parallel.check_batch(batch_size // accumulate, mesh)
+  if config.train.num_epochs < 1:
+    raise InputError(f"train.num_epochs must be at least 1, found {config.train.num_epochs}")
   sampler = pipeline.EpochSampler(len(data.train), batch_size, config.seed)
   # The epoch counts the images before validation was cut off, as the original does (Wang et al. 2023, released code).
   steps_per_epoch = math.ceil(data.epoch_images / batch_size)

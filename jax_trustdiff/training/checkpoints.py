@@ -1,6 +1,7 @@
 """Asynchronous checkpoints that survive kill -9: the last two and the best, read back with a fallback."""
 
 import contextlib
+import logging
 import math
 import os
 import pathlib
@@ -14,6 +15,18 @@ from orbax.checkpoint import checkpoint_managers
 from jax_trustdiff import parallel
 from jax_trustdiff.training.progress import say
 from jax_trustdiff.types import PyTree, RunError
+
+
+class _RaisedAgain(logging.Filter):
+  """Drops the tracebacks that Orbax's threads print of errors which it then raises to its caller, who is us."""
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    from_orbax = record.exc_info and "orbax" in record.pathname
+    return not (from_orbax or record.getMessage().startswith("Task exception was never retrieved"))
+
+
+for _logger in ("absl", "asyncio"):
+  logging.getLogger(_logger).addFilter(_RaisedAgain())
 
 
 class Checkpoints:
@@ -125,7 +138,7 @@ class Checkpoints:
       yield
     except Exception as error:
       text = str(error)
-      if "No space left" in text or "ENOSPC" in text or "quota" in text.lower():
+      if any(sign in text for sign in ("No space left", "RESOURCE_EXHAUSTED", "quota exceeded")):
         good = [int(p.name) for p in self.directory.glob("*") if p.name.isdigit()]
         left = f"the last good checkpoint is step {max(good)}" if good else "there is no checkpoint yet"
         raise RunError(f"the disk is full: a checkpoint could not be written in {self.directory}; {left}") from error
