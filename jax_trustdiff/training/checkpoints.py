@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import shutil
+import sys
 from typing import Any
 
 import jax
@@ -25,8 +26,15 @@ class _RaisedAgain(logging.Filter):
     return not (from_orbax or record.getMessage().startswith("Task exception was never retrieved"))
 
 
+def _quiet_unraisablehook(found, *, before=sys.unraisablehook):
+  """`before`, except for what TensorStore's threads print after a failed read or write has been reported to us."""
+  if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+    before(found)
+
+
 for _logger in ("absl", "asyncio"):
   logging.getLogger(_logger).addFilter(_RaisedAgain())
+sys.unraisablehook = _quiet_unraisablehook
 
 
 class Checkpoints:
