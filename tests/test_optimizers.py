@@ -13,8 +13,9 @@ from jax_trustdiff.types import InputError
 
 @pytest.fixture
 def float64():
-  with jax.enable_x64(True):
-    yield
+  jax.config.update("jax_enable_x64", True)
+  yield
+  jax.config.update("jax_enable_x64", False)
 
 
 def _table(fn, count):
