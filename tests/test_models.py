@@ -82,7 +82,7 @@ def test_moments_are_those_of_the_reference():
   state_dict = {key.removeprefix("param/"): data[key] for key in data.files if key.startswith("param/")}
   expected = from_torch(network, {**state_dict, **buffers})["batch_stats"]
   assert jax.tree.structure(moved) == jax.tree.structure(expected)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), moved, expected)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), moved, expected)
 
 
 @pytest.mark.floor
