@@ -72,15 +72,17 @@ class Classifier(Protocol):
     """
 
 
-def to_unit(x: jax.Array) -> jax.Array:
+def to_unit(x: jax.typing.ArrayLike) -> jax.Array:
   """`x` in [0, 1], float32 (float64 under jax_enable_x64), from uint8 (divided by 255) or from Signed floats in [-1, 1]."""
+  x = jnp.asarray(x)
   if x.dtype == jnp.uint8:
     return x.astype(float) / 255
   return (x + 1) / 2
 
 
-def to_signed(x: jax.Array) -> jax.Array:
+def to_signed(x: jax.typing.ArrayLike) -> jax.Array:
   """`x` in [-1, 1], float32 (float64 under jax_enable_x64), from uint8 (divided by 127.5, minus 1) or from Unit floats in [0, 1]."""
+  x = jnp.asarray(x)
   if x.dtype == jnp.uint8:
     return x.astype(float) / 127.5 - 1
   return x * 2 - 1
