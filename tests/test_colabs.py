@@ -54,7 +54,7 @@ def test_quickstart_runs(tmp_path, monkeypatch):
   for name, classifier in found["classifiers"].items():
     x_adv = np.asarray(attacked[name])
     assert 0.9 * radius < np.abs(x_adv - x).max() <= radius + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
-    right = (np.asarray(classifier(x)).argmax(axis=1) == found["y"]).mean()
+    right = (np.asarray(classifier(found["x"])).argmax(axis=1) == np.asarray(found["y"])).mean()
     assert found["metrics"][f"{name}/clean_accuracy"] == pytest.approx(right, abs=1e-6)
     curve = [group[name] for group in found["curve"].values()]
     assert curve[0] == pytest.approx(right, abs=1e-6), "a radius of 0 is no attack"
