@@ -94,8 +94,8 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 def _input_gradient(strides, pads, precision, shape, kernel, dy) -> jax.Array:
   """The gradient with respect to the input: `dy`, dilated by the strides, convolved with the flipped kernel.
 
-  The barrier hides the flip from XLA, which would fold it back into the slow form. A 1x1 kernel
-  needs no convolution: one matrix product, then dilation.
+  The barrier forbids XLA to fold flip and transposition back into the convolution, which is the slow form.
+  A 1x1 kernel needs no convolution: one matrix product, then dilation.
   """
   padding = []
   for n, k, stride, (low, _), m in zip(shape[1:3], kernel.shape, strides, pads, dy.shape[1:3], strict=False):
