@@ -38,7 +38,9 @@ def get_config(variant: str = "") -> ConfigDict:
     cliff=True,  # also measure gradient convolutions inside and outside a loop
   )
   if "wrn28_10" in names:
-    config.benchmark.update(depth=28, width=10, batch_size=512, dtype="bfloat16", steps_per_round=5, cliff=False)
+    config.benchmark.update(
+      depth=28, width=10, batch_size=512, dtype="bfloat16", steps_per_round=5, cliff=False
+    )
   if "smoke" in names:
     config.benchmark.update(depth=10, width=1, batch_size=8, num_steps=2, rounds=2)
   return config_lib.finish(config, overrides)

@@ -17,7 +17,9 @@ def get_config(variant: str = "") -> ConfigDict:
   """The recipe; 'smoke' trains a few steps only."""
   names, overrides = config_lib.parse_variant(variant, VARIANTS)
   radius = 0.15
-  attack = dict(name="pgd", norm="linf", radius=radius, step_size=0.02, num_steps=40, loss="margin", restarts=1)
+  attack = dict(
+    name="pgd", norm="linf", radius=radius, step_size=0.02, num_steps=40, loss="margin", restarts=1
+  )
   config = ConfigDict()
   config.task = "quickstart"
   config.seed = 0
@@ -50,6 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
     num_epochs=12,
     num_train=0,
     num_validation=128,
+    validation_split="first",
     resident="auto",
     accumulate=1,
     steps_per_dispatch=1,
@@ -61,9 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
     validate_every_epochs=4,
     profile="",
   )
-  config.eval = dict(
-    attack=attack, validation_attack=attack | dict(num_steps=10), batch_size=120, num_test=0
-  )
+  config.eval = dict(attack=attack, validation_attack=attack | dict(num_steps=10), batch_size=120, num_test=0)
   config.report = dict(num_images=10)
   if "smoke" in names:
     config.train.update(num_epochs=2, num_train=256, num_validation=64, validate_every_epochs=1)

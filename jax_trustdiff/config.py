@@ -6,11 +6,14 @@ default. A section of it is `name` plus the keyword arguments of the thing it bu
 
 import ast
 import difflib
+import fnmatch
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import json
 import pathlib
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +22,19 @@ import ml_collections
 from jax_trustdiff.types import InputError
 
 ConfigDict = ml_collections.ConfigDict
+
+# Which registry a section chooses from, and the arguments that do not come from the config but from the wiring.
+# Looked up only when a name is overridden.
+SECTIONS = {
+  "model": ("jax_trustdiff.models.registry:MODELS", ("num_classes", "image_shape")),
+  "data": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
+  "augment": ("jax_trustdiff.data.augment:AUGMENTATIONS", ()),
+  "objective": ("jax_trustdiff.robustness.objectives:OBJECTIVES", ()),
+  "objectives.*": ("jax_trustdiff.robustness.objectives:OBJECTIVES", ()),
+  "optimizer": ("jax_trustdiff.training.optimizers:OPTIMIZERS", ("schedule",)),
+  "schedule": ("jax_trustdiff.training.optimizers:SCHEDULES", ("num_epochs", "steps_per_epoch")),
+  "eval.*attack": ("jax_trustdiff.attacks.pgd:ATTACKS", ()),
+}
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 # In an installed wheel the recipes lie inside the package; in a checkout beside it.
 _RECIPE_ROOTS = (_PACKAGE, _PACKAGE.parent)
@@ -31,9 +47,7 @@ def build(registry: Mapping[str, Callable], section: Mapping[str, Any] | ConfigD
   """
   kwargs = to_plain(section)
   name = kwargs.pop("name")
-  if name not in registry:
-    raise InputError(f"unknown name {name!r}{_did_you_mean(name, registry)}; known: {', '.join(sorted(registry))}")
-  constructor = registry[name]
+  constructor = _find(registry, name)
   parameters = inspect.signature(constructor).parameters
   for key in kwargs:
     if key not in parameters:
@@ -46,6 +60,22 @@ def build(registry: Mapping[str, Callable], section: Mapping[str, Any] | ConfigD
   if missing:
     raise InputError(f"{name!r} needs {', '.join(missing)}")
   return constructor(**kwargs, **extra)
+
+
+def _find(registry: Mapping[str, Callable], name: str) -> Callable:
+  if name not in registry:
+    raise InputError(
+      f"unknown name {name!r}{_did_you_mean(name, registry)}; known: {', '.join(sorted(registry))}"
+    )
+  return registry[name]
+
+
+def _default(parameter: inspect.Parameter) -> Any:
+  """The value a key starts from: the default; a placeholder of the right type for None; else the type's empty value."""
+  if parameter.default is None:
+    choices = typing.get_args(parameter.annotation)
+    return ml_collections.config_dict.placeholder(next(t for t in (float, int, str) if t in choices))
+  return parameter.annotation() if parameter.default is parameter.empty else parameter.default
 
 
 def parse_variant(variant: str, names: tuple[str, ...]) -> tuple[list[str], dict[str, Any]]:
@@ -74,7 +104,8 @@ def finish(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
 
 
 def override(config: ConfigDict, values: Mapping[str, Any]) -> None:
-  """Sets 'section.key' -> value in place; InputError for unknown keys and wrong types."""
+  """Sets 'section.key' -> value in place, names first (`rename`); InputError for unknown keys and wrong types."""
+  rename(config, values)
   for path, value in values.items():
     check_key(config, path)
     *parents, last = path.split(".")
@@ -86,6 +117,35 @@ def override(config: ConfigDict, values: Mapping[str, Any]) -> None:
     except (TypeError, ValueError):
       wanted = section.get_type(last).__name__
       raise InputError(f"config key {path!r} takes a value of type {wanted}, found {value!r}") from None
+
+
+def rename(config: ConfigDict, values: Mapping[str, Any]) -> None:
+  """Gives every section of SECTIONS whose 'section.name' is in `values` the keys of the thing it then names.
+
+  Keys that the old and the new thing both take keep their values, the others have the new one's defaults, e.g.
+  'objective.name' -> 'mart' drops label_smoothing and keeps beta and radius. InputError for an unknown name.
+  """
+  for path, name in values.items():
+    section_path, _, last = path.rpartition(".")
+    known = [where for pattern, where in SECTIONS.items() if fnmatch.fnmatchcase(section_path, pattern)]
+    if last != "name" or not known:
+      continue
+    check_key(config, path)
+    *parents, key = section_path.split(".")
+    parent = config
+    for part in parents:
+      parent = parent[part]
+    if name == parent[key].name:
+      continue
+    where, wired = known[0]
+    module, _, registry = where.partition(":")
+    constructor = _find(getattr(importlib.import_module(module), registry), name)
+    parameters = {k: p for k, p in inspect.signature(constructor).parameters.items() if k not in wired}
+    kept = to_plain(parent[key])
+    section = {k: kept.get(k, _default(p)) for k, p in parameters.items()}
+    with parent.unlocked():
+      parent[key] = ConfigDict({"name": name} | section)
+    config.lock()
 
 
 def check_key(config: ConfigDict, path: str) -> None:

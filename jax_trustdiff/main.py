@@ -10,6 +10,7 @@ import importlib.util
 import pathlib
 import re
 import sys
+from collections.abc import Iterator
 
 from absl import flags
 from ml_collections import config_flags
@@ -43,6 +44,8 @@ def main(argv: list[str]) -> int:
     return _say(1, "error", error)
   except Stopped as stopped:
     return _say(stopped.exit_code, "stopped", stopped)
+  except KeyboardInterrupt:  # outside of the training loop, which saves first
+    return _say(130, "stopped", "nothing was lost: the same command goes on from the last checkpoint")
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
@@ -73,11 +76,13 @@ def _run(argv: list[str]) -> int:
   name = pathlib.Path(recipe.partition(":")[0]).stem
   workdir = Workdir(options.workdir or f"runs/{name}-{config_lib.config_hash(config)}", config)
   workdir.check()
-  try:
-    metrics = seeds.run(task.run, config, workdir)
-    workdir.write_result(metrics)
-  finally:
-    workdir.close()
+  metrics = workdir.finished_metrics()
+  if metrics is None:
+    try:
+      metrics = seeds.run(task.run, config, workdir)
+      workdir.write_result(metrics)
+    finally:
+      workdir.close()
   if parallel.is_main_process():
     for key, value in metrics.items():
       print(f"{key} = {value:.4f}" if isinstance(value, float) else f"{key} = {value}")
@@ -105,6 +110,7 @@ def _parse(argv: list[str]):
   if recipe is None:
     raise InputError("no recipe: give --config=configs/quickstart.py, for example, or --help")
   config = config_lib.load(recipe)
+  config_lib.rename(config, dict(_names(rest)))
   for arg in rest:
     if match := re.match(r"--?(?:no)?config\.([^=]+)", arg):
       config_lib.check_key(config, match[1])
@@ -139,6 +145,14 @@ def _take_recipe(args: list[str]) -> tuple[str | None, list[str]]:
     else:
       rest.append(arg)
   return recipe, rest
+
+
+def _names(args: list[str]) -> Iterator[tuple[str, str]]:
+  """('data.name', 'digits') of each --config.data.name=digits or --config.data.name digits."""
+  for i, arg in enumerate(args):
+    if match := re.fullmatch(r"--?config\.([^=]+\.name)(?:=(.*))?", arg):
+      value = match[2] if match[2] is not None else "".join(args[i + 1 : i + 2])
+      yield match[1], value.strip("'\"")
 
 
 def _say(code: int, what: str, message) -> int:

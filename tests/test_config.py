@@ -48,7 +48,10 @@ def test_parse_variant():
 @pytest.mark.parametrize(
   "values, message",
   [
-    ({"train.btach_size": 3}, r"unknown config key 'train.btach_size' \(did you mean 'batch_size'\?\); keys of train: .*batch_size"),
+    (
+      {"train.btach_size": 3},
+      r"unknown config key 'train.btach_size' \(did you mean 'batch_size'\?\); keys of train: .*batch_size",
+    ),
     ({"trian.batch_size": 3}, r"did you mean 'train'.*keys of the top level: .*model"),
     ({"seed.x": 3}, "'seed' is a value, not a section"),
     ({"train.batch_size": "many"}, "'train.batch_size' takes a value of type int, found 'many'"),
@@ -74,5 +77,7 @@ def test_seeds():
 
 
 def test_unknown_recipe_lists_the_installed_ones():
-  with pytest.raises(InputError, match=r"no recipe 'configs/at_cifer.py' .did you mean 'configs/at_cifar.py'.*quickstart"):
+  with pytest.raises(
+    InputError, match=r"no recipe 'configs/at_cifer.py' .did you mean 'configs/at_cifar.py'.*quickstart"
+  ):
     config.load("configs/at_cifer.py")

@@ -1,8 +1,9 @@
 """The order of examples, both feeds, evaluation batches, and memory that stays flat."""
 
-import json
+import dataclasses
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import pytest
 from jax_trustdiff import parallel
 from jax_trustdiff.data import pipeline, sources
 from jax_trustdiff.data.pipeline import EpochSampler, ResidentFeed, StreamingFeed, eval_batches, make_feed
-from jax_trustdiff.types import InputError
+from jax_trustdiff.types import InputError, RunError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -63,6 +64,15 @@ def test_sampler_depends_on_seed_and_step_alone():
   assert not np.array_equal(EpochSampler(50, 8, seed=2).indices(0), forward[0])
   with pytest.raises(InputError, match="needs examples and a batch size; found 0 and 8"):
     EpochSampler(0, 8)
+  for seed in (-1, 2**32):
+    with pytest.raises(InputError, match=rf"seed must be at least 0 and below 2\*\*32; found {seed}"):
+      EpochSampler(50, 8, seed=seed)
+
+
+@pytest.mark.floor
+def test_the_order_never_changes():
+  first_two = [9, 1, 0, 8, 2, 4, 3, 5, 7, 6, 5, 1, 3, 0, 6, 9, 8, 7, 2, 4]
+  assert list(EpochSampler(10, 20, seed=3).indices(0)) == first_two
 
 
 def test_sampler_from_many_threads():
@@ -106,20 +116,29 @@ def test_feeds_give_the_sampler_s_batches(kind, parts):
 
 
 @pytest.mark.parametrize("kind", [ResidentFeed, StreamingFeed])
-def test_position_is_json_and_resumes_exactly(kind):
+def test_a_feed_resumes_from_its_step_alone(kind):
   source, mesh = tiny_source(), parallel.make_mesh()
   feed = kind(source, EpochSampler(len(source), 8, seed=5), mesh)
   feed.start(6)
   feed.next(3)
-  state = json.loads(json.dumps(feed.state()))
-  assert state == {"next_index": 9}
   following = steps_of(feed, feed.next(4))
   feed.close()
   again = kind(source, EpochSampler(len(source), 8, seed=5), mesh)
-  again.restore(state)
+  again.start(9)
   for one, two in zip(steps_of(again, again.next(4)), following, strict=True):
     assert_batch(one, two)
   again.close()
+
+
+def test_a_file_that_shrinks_stops_a_streaming_run(tmp_path):
+  np.save(tmp_path / "images.npy", np.zeros((40, 8, 8, 3), np.uint8))
+  np.save(tmp_path / "labels.npy", np.arange(40) % 5)
+  source = sources.npy(str(tmp_path))
+  feed = StreamingFeed(source, EpochSampler(40, 8), parallel.make_mesh())
+  os.truncate(tmp_path / "images.npy", 300)
+  with pytest.raises(RunError, match="images.npy became shorter while it was read"):
+    feed.next(40)
+  feed.close()
 
 
 def test_payload_of_the_resident_feed_is_sharded_indices():
@@ -143,19 +162,51 @@ def test_make_feed_chooses_by_size(monkeypatch):
   assert kind() is ResidentFeed
   assert kind(budget_bytes=source.nbytes) is ResidentFeed
   assert kind(budget_bytes=source.nbytes - 1) is StreamingFeed
-  assert kind(resident=True, budget_bytes=0) is ResidentFeed
-  assert kind(resident=False) is StreamingFeed
+  assert kind(resident="yes", budget_bytes=0) is ResidentFeed
+  assert kind(resident="no") is StreamingFeed
   monkeypatch.setattr(pipeline, "CPU_BUDGET", 100)
   assert kind() is StreamingFeed
-  with pytest.raises(InputError, match="resident='yes'; expected True, False or 'auto'"):
-    kind(resident="yes")
+  with pytest.raises(InputError, match="resident='never'; expected 'auto', 'yes' or 'no'"):
+    kind(resident="never")
+
+
+BUDGETS = """
+import sys
+import numpy as np
+from jax_trustdiff import parallel
+from jax_trustdiff.data import pipeline, sources
+process = int(sys.argv[1])
+parallel.start_distributed(sys.argv[2], 2, process)
+source = sources.image_source([np.zeros((20, 4, 4, 3), np.uint8)], [np.arange(20) % 5], "tiny")
+sampler, mesh = pipeline.EpochSampler(20, 4), parallel.make_mesh()
+for budgets in ((10**6, 0), (10**6, 10**6)):
+  feed = pipeline.make_feed(source, sampler, mesh, budget_bytes=budgets[process])
+  print(type(feed).__name__)
+  feed.close()
+parallel.barrier("end")
+"""
+
+
+def test_processes_agree_on_the_feed():
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{probe.getsockname()[1]}"
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  commands = [[sys.executable, "-c", BUDGETS, str(i), address] for i in range(2)]
+  processes = [subprocess.Popen(command, env=env, **pipes) for command in commands]
+  for process in processes:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-3000:]
+    kinds = [line for line in out.splitlines() if line.endswith("Feed")]  # Gloo prints there too
+    assert kinds == ["StreamingFeed", "ResidentFeed"]
 
 
 def test_feeds_refuse_what_does_not_fit():
   source, mesh = tiny_source(), parallel.make_mesh()
   with pytest.raises(InputError, match="the sampler counts 22 examples and the source 23"):
     make_feed(source, EpochSampler(22, 8), mesh)
-  far = sources.dataclasses.replace(source, ids=source.ids + 2**31)
+  far = dataclasses.replace(source, ids=source.ids + 2**31)
   with pytest.raises(InputError, match="does not fit the 32 bits"):
     make_feed(far, EpochSampler(23, 8), mesh)
 

@@ -94,8 +94,12 @@ def test_import_is_light():
     "print(sorted({'tensorflow', 'transformers', 'torch', 'matplotlib', 'sklearn', 'tensorflow_datasets'}"
     " & set(sys.modules)))"
   )
-  out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+  out = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+  )
   assert out.stdout.strip() == "[]", out.stdout
   code = "import sys, jax_trustdiff.main; print('jax' in sys.modules)"
-  out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+  out = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+  )
   assert out.stdout.strip() == "False", "main imports jax before it is needed: --help would be slow"

@@ -165,11 +165,17 @@ def test_smoke_writes_everything_and_runs_again_at_once(tmp_path):
   assert json.loads((tmp_path / "run/result.json").read_text())["metrics"] == result["metrics"]
 
   fine_tuned = command(
-    SMOKE, f"--config.init_from={tmp_path}/run/export", "--config.train.num_epochs=1", f"--workdir={tmp_path}/two"
+    SMOKE,
+    f"--config.init_from={tmp_path}/run/export",
+    "--config.train.num_epochs=1",
+    f"--workdir={tmp_path}/two",
   )
   assert fine_tuned.returncode == 0, fine_tuned.stderr
   other = command(
-    SMOKE, f"--config.init_from={tmp_path}/run/export", "--config.model.width=2", f"--workdir={tmp_path}/three"
+    SMOKE,
+    f"--config.init_from={tmp_path}/run/export",
+    "--config.model.width=2",
+    f"--workdir={tmp_path}/three",
   )
   assert other.returncode == 2 and "holds another network" in other.stderr
 

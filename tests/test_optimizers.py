@@ -23,11 +23,15 @@ def _table(fn, count):
 
 
 @pytest.mark.parametrize("epochs", [400, 100])
-@pytest.mark.parametrize("name, ours", [("cosinew", "one_cycle_epochs"), ("cosine", "cosine"), ("step", "step_decay")])
+@pytest.mark.parametrize(
+  "name, ours", [("cosinew", "one_cycle_epochs"), ("cosine", "cosine"), ("step", "step_decay")]
+)
 def test_epoch_schedules_equal_the_originals(float64, epochs, name, ours):
   golden = np.load(shared_dir("golden/at_step/schedules.npz"))
   schedule = optimizers.SCHEDULES[ours](0.2, epochs, steps_per_epoch=1)
-  np.testing.assert_allclose(_table(schedule.learning_rate, epochs), golden[f"{name}_E{epochs}_lr"], rtol=0, atol=1e-12)
+  np.testing.assert_allclose(
+    _table(schedule.learning_rate, epochs), golden[f"{name}_E{epochs}_lr"], rtol=0, atol=1e-12
+  )
   np.testing.assert_allclose(
     _table(schedule.momentum, epochs), golden[f"{name}_E{epochs}_momentum"], rtol=0, atol=1e-12
   )
@@ -36,8 +40,12 @@ def test_epoch_schedules_equal_the_originals(float64, epochs, name, ours):
 def test_step_schedule_equals_the_original(float64):
   golden = np.load(shared_dir("golden/at_step/schedules.npz"))
   schedule = optimizers.one_cycle(0.2, 2, steps_per_epoch=98)
-  np.testing.assert_allclose(_table(schedule.learning_rate, 196), golden["cyclic_E2_B512_lr"], rtol=0, atol=1e-12)
-  np.testing.assert_allclose(_table(schedule.momentum, 196), golden["cyclic_E2_B512_momentum"], rtol=0, atol=1e-12)
+  np.testing.assert_allclose(
+    _table(schedule.learning_rate, 196), golden["cyclic_E2_B512_lr"], rtol=0, atol=1e-12
+  )
+  np.testing.assert_allclose(
+    _table(schedule.momentum, 196), golden["cyclic_E2_B512_momentum"], rtol=0, atol=1e-12
+  )
 
 
 @pytest.mark.parametrize("warmup, count", [(0, 2000), (25, 100)])
@@ -100,6 +108,54 @@ def test_sgd_equals_torch():
     updates, state = optimizer.update(grads, state, params)
     params = jax.tree.map(jnp.add, params, updates)
   np.testing.assert_allclose(params["kernel"], w.detach().numpy(), rtol=1e-6)
+
+
+@pytest.mark.floor
+def test_adamw_by_hand():
+  """Three steps with a rate that changes: the bias, which no_decay names, is not decayed."""
+  schedule = optimizers.Schedule(lambda s: 0.1 / (1 + s), lambda s: jnp.float32(0.9))
+  optimizer = optimizers.adamw(schedule, weight_decay=0.5, b1=0.8, b2=0.95)
+  params = {"dense": {"kernel": jnp.array(2.0), "bias": jnp.array(3.0)}, "norm_0": {"scale": jnp.array(-1.0)}}
+  decays = {"kernel": 0.5, "bias": 0.0, "scale": 0.0}
+  expected = {"kernel": 2.0, "bias": 3.0, "scale": -1.0}
+  mean, square = dict.fromkeys(expected, 0.0), dict.fromkeys(expected, 0.0)
+  state = optimizer.init(params)
+  for t, gradient in enumerate((0.3, -0.7, 0.2), start=1):
+    updates, state = optimizer.update(jax.tree.map(lambda _, g=gradient: jnp.array(g), params), state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+    for name, decay in decays.items():
+      mean[name] = 0.8 * mean[name] + 0.2 * gradient
+      square[name] = 0.95 * square[name] + 0.05 * gradient**2
+      move = (mean[name] / (1 - 0.8**t)) / (np.sqrt(square[name] / (1 - 0.95**t)) + 1e-8)
+      expected[name] -= 0.1 / t * (move + decay * expected[name])
+  found = params["dense"] | params["norm_0"]
+  for name, value in expected.items():
+    assert float(found[name]) == pytest.approx(value, rel=1e-5), name
+
+
+@pytest.mark.parametrize("clip_norm, factor", [(1.0, 0.2), (5.0, 1.0), (10.0, 1.0), (0.0, 1.0)])
+def test_clip_norm_bounds_the_global_norm_before_the_weight_decay(clip_norm, factor):
+  """The gradient (3, 4) has norm 5; 0 clips nothing."""
+  schedule = optimizers.constant(1.0, 1, 1, momentum=0.0)
+  optimizer = optimizers.sgd(schedule, weight_decay=0.5, clip_norm=clip_norm)
+  params = {"a": jnp.array(10.0), "b": jnp.array(20.0)}
+  updates, _ = optimizer.update({"a": jnp.array(3.0), "b": jnp.array(4.0)}, optimizer.init(params), params)
+  assert float(updates["a"]) == pytest.approx(-(3 * factor + 5), rel=1e-6)
+  assert float(updates["b"]) == pytest.approx(-(4 * factor + 10), rel=1e-6)
+
+
+def test_adamw_sees_the_clipped_gradient():
+  """Clipped at norm 1, a gradient of 100 moves Adam's averages as one of 1 does; 0.5 is below the bound."""
+  schedule = optimizers.constant(0.1, 1, 1)
+  params = {"kernel": jnp.array(1.0)}
+  clipped, plain = (optimizers.adamw(schedule, clip_norm=norm) for norm in (1.0, 0.0))
+  states = [clipped.init(params), plain.init(params)]
+  for first, second in ((100.0, 1.0), (0.5, 0.5)):
+    found = []
+    for i, (optimizer, gradient) in enumerate(((clipped, first), (plain, second))):
+      update, states[i] = optimizer.update({"kernel": jnp.array(gradient)}, states[i], params)
+      found.append(float(update["kernel"]))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_build_names_what_is_wrong():

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key
 
-Images = UInt8[Array, "b h w c"]
+from jax_trustdiff.types import Bytes
+
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -32,7 +33,7 @@ def pad_crop_flip(pad: int = 4, flip: bool = True) -> Augment:
   The (2 pad + 1)^2 places are equally likely. flip=False leaves out the mirror.
   """
 
-  def augment(images: Images, key: Key[Array, ""]) -> Images:
+  def augment(images: Bytes, key: Key[Array, ""]) -> Bytes:
     offset_key, flip_key = jax.random.split(key)
     offsets = jax.random.randint(offset_key, (len(images), 2), 0, 2 * pad + 1)
     mirrored = jax.random.bernoulli(flip_key, 0.5, (len(images),)) & flip
@@ -48,7 +49,7 @@ def pad_crop_flip_rotate(pad: int = 4, flip: bool = True, degrees: float = 15.0)
   """
   crop = pad_crop_flip(pad, flip)
 
-  def augment(images: Images, key: Key[Array, ""]) -> Images:
+  def augment(images: Bytes, key: Key[Array, ""]) -> Bytes:
     crop_key, angle_key = jax.random.split(key)
     angles = jax.random.uniform(angle_key, (len(images),), minval=-degrees, maxval=degrees)
     return rotate(crop(images, crop_key), angles)
@@ -67,7 +68,7 @@ AUGMENTATIONS: dict[str, Callable[..., Augment]] = {
 # ---- the transformations, for given draws ----
 
 
-def crop_flip(images: Images, offsets: Int[Array, "b 2"], mirrored: Bool[Array, "b"], pad: int) -> Images:
+def crop_flip(images: Bytes, offsets: Int[Array, "b 2"], mirrored: Bool[Array, "b"], pad: int) -> Bytes:
   """Crops at (row, column) `offsets` in [0, 2 pad] of the zero-padded images, then mirrored where asked."""
   height, width = images.shape[1:3]
   rows = jnp.arange(height) + offsets[:, :1] - pad
@@ -76,7 +77,7 @@ def crop_flip(images: Images, offsets: Int[Array, "b 2"], mirrored: Bool[Array, 
   return _pixels(images, rows[:, :, None], columns[:, None, :])
 
 
-def rotate(images: Images, angles: Float[Array, "b"]) -> Images:
+def rotate(images: Bytes, angles: Float[Array, "b"]) -> Bytes:
   """Rotates counter-clockwise by `angles` in degrees about the centre; nearest pixel, zeros outside.
 
   The output pixel in row i and column j is the input pixel that contains the point

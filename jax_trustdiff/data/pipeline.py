@@ -14,11 +14,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Int64
 
 from jax_trustdiff import parallel
-from jax_trustdiff.data.sources import ImageSource
+from jax_trustdiff.data.records import ImageSource
 from jax_trustdiff.types import InputError, PyTree
 
 Batch = dict[str, Any]  # {'image': ..., 'label': ..., 'id': ...}
@@ -33,7 +34,7 @@ class EpochSampler:
 
   Batch `step` is the slice [step * b, (step + 1) * b). Every example is seen once before any is seen again; a
   batch at the end of a permutation is filled from the next one, so all batches are full. Permutation `e`
-  depends on (seed, e) only.
+  depends on (seed, e) only, and is the same with every version of numpy. seed: in [0, 2^32).
 
   `steps_per_epoch` is ceil(n / b), the number of steps that have seen every example at least once.
   """
@@ -41,6 +42,8 @@ class EpochSampler:
   def __init__(self, num_examples: int, batch_size: int, seed: int = 0):
     if num_examples < 1 or batch_size < 1:
       raise InputError(f"a sampler needs examples and a batch size; found {num_examples} and {batch_size}")
+    if not 0 <= seed < 2**32:
+      raise InputError(f"seed must be at least 0 and below 2**32; found {seed}")
     self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
     self.steps_per_epoch = -(-num_examples // batch_size)
     self._lock, self._cache = threading.Lock(), {}
@@ -62,7 +65,7 @@ class EpochSampler:
       if order is None:
         small = self.num_examples <= np.iinfo(np.int32).max
         order = np.arange(self.num_examples, dtype=np.int32 if small else np.int64)
-        np.random.default_rng([self.seed, epoch]).shuffle(order)
+        np.random.RandomState([self.seed, epoch]).shuffle(order)  # this generator's stream never changes
       self._cache = dict([*self._cache.items(), (epoch, order)][-2:])  # the two used last
       return order
 
@@ -81,12 +84,6 @@ class Feed(Protocol):
 
   def next(self, num_steps: int) -> PyTree:
     """Global arrays [num_steps, ...]: the payloads of the following steps; moves on by as many."""
-
-  def state(self) -> dict:
-    """Position, as JSON."""
-
-  def restore(self, state: dict) -> None:
-    """Back to a position that `state` returned."""
 
   def close(self) -> None:
     """Stops reading ahead."""
@@ -123,12 +120,6 @@ class ResidentFeed:
     self.step += num_steps
     return parallel.to_global(self.mesh, index, parallel.batch_sharding(self.mesh, axis=1))
 
-  def state(self) -> dict:
-    return {"next_index": self.step}
-
-  def restore(self, state: dict) -> None:
-    self.step = state["next_index"]
-
   def close(self) -> None:
     """Nothing is read ahead."""
 
@@ -136,8 +127,8 @@ class ResidentFeed:
 class StreamingFeed:
   """Batches read ahead from the source by grain's threads; a payload is the batches themselves, stacked.
 
-  Item i of the underlying `grain.MapDataset` is this process's rows of batch i, so the position is grain's
-  own state, {'next_index': step}. About `prefetch_bytes` of batches are held in memory, and at least two.
+  Item i of the underlying `grain.MapDataset` is this process's rows of batch i, so a step is a
+  position. About `prefetch_bytes` of batches are held in memory, and at least two.
   """
 
   def __init__(
@@ -157,18 +148,12 @@ class StreamingFeed:
     return payload
 
   def start(self, step: int) -> None:
-    self.restore({"next_index": step})
+    self._iterator.set_state({"next_index": step})
 
   def next(self, num_steps: int) -> PyTree:
     batches = [next(self._iterator) for _ in range(num_steps)]
     stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
     return parallel.to_global(self.mesh, stacked, parallel.batch_sharding(self.mesh, axis=1))
-
-  def state(self) -> dict:
-    return self._iterator.get_state()
-
-  def restore(self, state: dict) -> None:
-    self._iterator.set_state(state)
 
   def close(self) -> None:
     self._iterator.close()
@@ -192,19 +177,21 @@ def make_feed(
   source: ImageSource,
   sampler: EpochSampler,
   mesh: Mesh,
-  resident: bool | str = "auto",
+  resident: str = "auto",
   budget_bytes: int | None = None,
 ) -> ResidentFeed | StreamingFeed:
   """A ResidentFeed if the images fit `budget_bytes` on each device, else a StreamingFeed.
 
-  resident: True or False decides without looking at the size. Both feeds give the same batches.
+  resident: 'auto', or 'yes' or 'no' to decide without looking at the size. Both feeds give the same batches.
   budget_bytes: by default a quarter of a device's memory, as it reports it; on CPUs 2 GiB over all devices.
+  In a run of several processes the images must fit in every one; all must call this together.
   """
-  if resident not in (True, False, "auto"):
-    raise InputError(f"resident={resident!r}; expected True, False or 'auto'")
+  if resident not in ("auto", "yes", "no"):
+    raise InputError(f"resident={resident!r}; expected 'auto', 'yes' or 'no'")
+  fits = resident == "yes"
   if resident == "auto":
-    resident = source.nbytes <= (device_budget() if budget_bytes is None else budget_bytes)
-  return (ResidentFeed if resident else StreamingFeed)(source, sampler, mesh)
+    fits = _in_all_processes(source.nbytes <= (device_budget() if budget_bytes is None else budget_bytes))
+  return (ResidentFeed if fits else StreamingFeed)(source, sampler, mesh)
 
 
 def device_budget() -> int:
@@ -229,6 +216,11 @@ def eval_batches(source: ImageSource, batch_size: int, mesh: Mesh) -> Iterator[B
     batch = source.take(np.minimum(index, len(source) - 1))
     batch = batch | {"id": batch["id"].astype(np.int32), "mask": index < len(source)}
     yield parallel.to_global(mesh, batch)
+
+
+def _in_all_processes(here: bool) -> bool:
+  """True if it is `here` and in every other process of the run, which must all ask."""
+  return bool(np.min(multihost_utils.process_allgather(np.int32(here)))) if jax.process_count() > 1 else here
 
 
 def _check(source: ImageSource, sampler: EpochSampler, mesh: Mesh) -> None:

@@ -1,13 +1,14 @@
-"""Files to arrays: .npy and .npz mapped into memory, image files, CIFAR's archives, TFDS records.
+"""Files to arrays: .npy and .npz mapped into memory, image files decoded.
 
 Whatever is wrong with a file becomes an InputError that names it. Nothing here executes what it reads.
 """
 
 import io
+import math
 import os
 import pathlib
-import pickle
-import tarfile
+import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -15,9 +16,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.lib import format as npy_format
 
-from jax_trustdiff.types import InputError
+from jax_trustdiff.types import InputError, RunError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Nothing else is tried, whatever a file is called: Pillow would run Ghostscript for PostScript.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+DECODE_AT_ONCE = 2 * 2**30  # bytes; encoded data sets up to this size are decoded when they are opened
 
 
 class Rows:
@@ -71,7 +75,7 @@ class FileRows:
 
   Rows taken at random from a large map cost one page fault for every 4 KiB, with a read-ahead that is thrown
   away. One system call for each run of neighbouring rows reads the same bytes about ten times faster from a
-  cold file, and other threads go on meanwhile.
+  cold file, and other threads go on meanwhile. RunError if the file has become shorter since.
   """
 
   def __init__(self, array: np.memmap):
@@ -97,7 +101,9 @@ class FileRows:
       while piece:
         count = os.preadv(self.file.fileno(), [piece[: 2**30]], at)
         if not count:
-          raise OSError(f"{self.file.name} became shorter while it was read")
+          raise RunError(
+            f"{self.file.name} became shorter while it was read; start again with the whole file"
+          )
         piece, at = piece[count:], at + count
     return out
 
@@ -117,17 +123,24 @@ class Decoded:
       out[i] = self.decode(int(row))
     return out
 
+  def now(self) -> "Decoded | np.ndarray":
+    """All images decoded, if they are few enough to keep; else as before."""
+    size = math.prod(self.shape)
+    return self[np.arange(len(self))] if size <= DECODE_AT_ONCE else self
+
 
 # ---- .npy and .npz ----
+
+_BAD_NPY = (ValueError, TypeError, EOFError, OSError, SyntaxError, tokenize.TokenError, MemoryError)
 
 
 def read_npy(file: pathlib.Path) -> np.ndarray:
   """The array of a .npy file, memory-mapped."""
   try:
     with open(file, "rb") as stream:
-      return _map_npy(file, stream)
-  except (ValueError, EOFError, OSError) as error:
-    raise InputError(f"{file} is damaged or no plain array: {error}") from error
+      return _map_npy(file, stream, file.stat().st_size)
+  except _BAD_NPY as error:
+    raise InputError(f"{file} is damaged or no plain array: {_line(error)}") from error
 
 
 def npz_members(file: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
@@ -150,13 +163,15 @@ def _npz_array(file: pathlib.Path, info: zipfile.ZipInfo) -> np.ndarray:
       local = stream.read(30)  # its name and extra field may differ in length from those in the directory
       name_length, extra_length = (int.from_bytes(local[i : i + 2], "little") for i in (26, 28))
       stream.seek(name_length + extra_length, io.SEEK_CUR)
-      return _map_npy(file, stream)
-  except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-    raise InputError(f"{file}, member {info.filename}, is damaged or no plain array: {error}") from error
+      return _map_npy(file, stream, stream.tell() + info.file_size)
+  except (*_BAD_NPY, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    raise InputError(
+      f"{file}, member {info.filename}, is damaged or no plain array: {_line(error)}"
+    ) from error
 
 
-def _map_npy(file: pathlib.Path, stream) -> np.ndarray:
-  """Memory map of the .npy data that starts at the position of `stream` in `file`."""
+def _map_npy(file: pathlib.Path, stream, end: int) -> np.ndarray:
+  """Memory map of the .npy data that lie in `file` from the position of `stream` to the byte `end`."""
   version = npy_format.read_magic(stream)
   read_header = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
   if version not in read_header:
@@ -164,10 +179,12 @@ def _map_npy(file: pathlib.Path, stream) -> np.ndarray:
   shape, fortran, dtype = read_header[version](stream)
   if dtype.hasobject:
     raise ValueError("it holds Python objects")
-  start, size = stream.tell(), int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-  found = file.stat().st_size
-  if found < start + size:
-    raise ValueError(f"at least {start + size} bytes expected, {found} found: the file is cut short")
+  if min(shape, default=0) < 0:
+    raise ValueError(f"shape {shape}")
+  start, size = stream.tell(), math.prod(shape) * dtype.itemsize
+  found = min(end, file.stat().st_size) - start
+  if found < size:
+    raise ValueError(f"{size} bytes of data expected, {found} found: the file is cut short")
   if not size:
     return np.empty(shape, dtype)
   return np.memmap(file, dtype, "r", start, shape, "F" if fortran else "C")
@@ -176,16 +193,16 @@ def _map_npy(file: pathlib.Path, stream) -> np.ndarray:
 # ---- image files ----
 
 
-def decode_image(data, where: str, size: int | None = None, channels: int = 3) -> np.ndarray:
-  """uint8 [h w channels] of an encoded image (a path or a binary stream).
+def decode_image(data, where: str, size: int = 0, channels: int = 3) -> np.ndarray:
+  """uint8 [h w channels] of an encoded image (a path or a binary stream) in one of `IMAGE_FORMATS`.
 
   Greyscale becomes RGB if channels is 3, colour becomes greyscale if it is 1.
-  size: the shorter side is resized to it (bicubic) and the centre size x size is cut out.
+  size: the shorter side is resized to it (bicubic) and the centre size x size is cut out; 0 leaves the image.
   """
   from PIL import Image
 
   try:
-    with Image.open(data) as image:
+    with Image.open(data, formats=IMAGE_FORMATS) as image:
       if image.mode.startswith("I") or image.mode == "F":
         raise InputError(f"{where}: image mode {image.mode} (16 or 32 bits); expected 8 bits a channel")
       image = image.convert("RGB" if channels == 3 else "L")
@@ -193,7 +210,7 @@ def decode_image(data, where: str, size: int | None = None, channels: int = 3) -
     if isinstance(error, InputError):
       raise
     raise InputError(f"{where} cannot be read as an image: {error}") from error
-  if size is not None and image.size != (size, size):
+  if size and image.size != (size, size):
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -206,112 +223,35 @@ def image_extent(file: pathlib.Path) -> tuple[int, int]:
   from PIL import Image
 
   try:
-    with Image.open(file) as image:
+    with Image.open(file, formats=IMAGE_FORMATS) as image:
       return image.height, image.width
   except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
     raise InputError(f"{file} cannot be read as an image: {error}") from error
 
 
-# ---- CIFAR's own archives ----
+# ---- paths ----
 
 
-def archive_members(root: pathlib.Path, names: Sequence[str]) -> dict[str, bytes]:
-  """{name: content} of those `names` that are in a folder (or one level below it) or in a tar archive."""
-  if root.is_dir():
-    found = {
-      name: [file for file in (root / name, *sorted(root.glob(f"*/{name}"))) if file.is_file()]
-      for name in names
-    }
-    return {name: files[0].read_bytes() for name, files in found.items() if files}
-  try:
-    with tarfile.open(root) as archive:
-      members = [member for member in archive.getmembers() if member.isfile()]
-      return {
-        name: archive.extractfile(member).read()
-        for member in members
-        if (name := pathlib.PurePosixPath(member.name).name) in names
-      }
-  except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-    raise InputError(f"{root} is neither a folder nor a complete tar archive: {error}") from error
+def existing(path: str | pathlib.Path, expected: str) -> pathlib.Path:
+  """`path` with ~ expanded; InputError that names what is `expected` if there is nothing."""
+  if not str(path):
+    raise InputError(f"this data set needs a path: {expected}")
+  root = pathlib.Path(path).expanduser()
+  if not root.exists():
+    raise InputError(f"no such file or folder: {root} (expected {expected})")
+  return root
 
 
-def load_array_pickle(data: bytes, where: str) -> dict:
-  """A pickled dictionary of numbers, strings, lists and numpy arrays, keys as text.
-
-  Whatever else the pickle asks for, any function or class, is refused before it is called.
-  """
-  try:
-    content = _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
-  except InputError as error:
-    raise InputError(f"{where}: {error}") from error
-  except Exception as error:  # a damaged pickle can raise nearly anything
-    raise InputError(f"{where} is no readable pickle: {type(error).__name__}: {error}") from error
-  if not isinstance(content, dict):
-    raise InputError(f"{where} holds a {type(content).__name__}; expected a dictionary")
-  return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-  """Builds plain containers and numpy arrays, and refuses every other name."""
-
-  def find_class(self, module: str, name: str):
-    allowed = {
-      ("numpy.core.multiarray", "_reconstruct"): _empty_array,
-      ("numpy._core.multiarray", "_reconstruct"): _empty_array,
-      ("numpy", "ndarray"): np.ndarray,
-      ("numpy", "dtype"): np.dtype,
-      ("_codecs", "encode"): _latin1,
-    }
-    if (module, name) not in allowed:
-      raise InputError(
-        f"refused to unpickle {module}.{name}: only numpy arrays and plain containers are read"
-      )
-    return allowed[module, name]
-
-
-def _empty_array(kind: type, shape: tuple, dtype) -> np.ndarray:
-  if kind is not np.ndarray or shape != (0,):
-    raise InputError(f"refused to build {kind} of shape {shape}")
-  return np.ndarray(shape, dtype)
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-  if encoding != "latin1":
-    raise InputError(f"refused the encoding {encoding!r}")
-  return text.encode("latin1")
-
-
-# ---- TFRecord ----
-
-
-class TFRecords:
-  """The records (bytes) of TFRecord files, by position. Framing: length u64, crc u32, data, crc u32."""
-
-  def __init__(self, files: Sequence[pathlib.Path]):
-    self.files = [
-      np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8) for file in files
-    ]
-    self.places = []  # (file, start, stop)
-    for i, data in enumerate(self.files):
-      at = 0
-      while at < len(data):
-        length = int.from_bytes(data[at : at + 8].tobytes(), "little")
-        if at + length + 16 > len(data):
-          raise InputError(
-            f"{files[i]} is cut short or no TFRecord file (record {len(self.places)}, byte {at})"
-          )
-        self.places.append((i, at + 12, at + 12 + length))
-        at += length + 16
-
-  def __len__(self) -> int:
-    return len(self.places)
-
-  def __getitem__(self, position: int) -> bytes:
-    file, start, stop = self.places[position]
-    return self.files[file][start:stop].tobytes()
+def natural(path: pathlib.Path) -> list:
+  """Sort key with numbers in order: part_2 before part_10."""
+  return [(0, int(text), "") if text.isdecimal() else (1, 0, text) for text in re.split(r"(\d+)", path.name)]
 
 
 # ---- helpers ----
+
+
+def _line(error: Exception) -> str:
+  return " ".join(str(error).split()) or type(error).__name__
 
 
 def _is_mapped(part) -> bool:

@@ -46,7 +46,9 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   workdir.open()
   metrics = benchmark(workdir)
   (workdir / "report").mkdir(exist_ok=True)
-  ratios = {name.removesuffix("/ratio"): {"ours / peer": v} for name, v in metrics.items() if name.endswith("/ratio")}
+  ratios = {
+    name.removesuffix("/ratio"): {"ours / peer": v} for name, v in metrics.items() if name.endswith("/ratio")
+  }
   if ratios:
     report.bars(ratios, workdir / "report" / "ratios.png", ylabel="time of ours / time of the peer")
   return metrics
@@ -192,7 +194,10 @@ def _cliff() -> dict[str, float]:
     outside = jax.jit(lambda x, w: gradient(jax.lax.conv_general_dilated, x, w))
     inside = jax.jit(lambda x, w: looped(layers.conv_general_dilated, x, w))
     plain = jax.jit(lambda x, w: looped(jax.lax.conv_general_dilated, x, w))
-    rows = [(_seconds(outside, x, w), _seconds(inside, x, w) / count, _seconds(plain, x, w) / count) for _ in range(3)]
+    rows = [
+      (_seconds(outside, x, w), _seconds(inside, x, w) / count, _seconds(plain, x, w) / count)
+      for _ in range(3)
+    ]
     outside_s, inside_s, plain_s = np.min(rows, axis=0)
     figures[f"{name}_gradient/in_loop_ratio"] = float(inside_s / outside_s)
     figures[f"{name}_gradient/in_loop_ratio_of_plain_lax"] = float(plain_s / outside_s)

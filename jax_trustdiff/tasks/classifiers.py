@@ -1,6 +1,7 @@
 """What the tasks about classifiers share: data and networks from a config, and their evaluation."""
 
 import dataclasses
+import zlib
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
 from jax_trustdiff.attacks.pgd import ATTACKS
-from jax_trustdiff.data import pipeline, sources
+from jax_trustdiff.data import pipeline, records, sources
 from jax_trustdiff.evaluation import accuracy
 from jax_trustdiff.interop import export
 from jax_trustdiff.models.registry import MODELS, bind
@@ -28,14 +29,21 @@ class ClassifierData:
 
 
 def load_data(config) -> ClassifierData:
-  """The splits of config.data, cut to train.num_train and eval.num_test images (0: all)."""
+  """The splits of config.data, cut to train.num_train and eval.num_test images (0: all).
+
+  train.validation_split is 'first', or 'random' for train.num_validation images that are the same in every run.
+  InputError if the splits differ in image shape or classes, or if a cut leaves out a whole class.
+  """
   full = config_lib.build(sources.SOURCES, config.data, split="train")
-  test = config_lib.build(sources.SOURCES, config.data, split="test")
+  test = config_lib.build(sources.SOURCES, config.data, split="test", class_names=full.class_names)
+  records.check_alike(full, test)
   if config.train.num_train:
-    full = sources.limit(full, config.train.num_train)
+    full = records.limit(full, config.train.num_train)
   if config.eval.num_test:
-    test = sources.limit(test, config.eval.num_test)
-  train, validation = sources.split_validation(full, config.train.num_validation)
+    test = records.limit(test, config.eval.num_test)
+  train, validation = records.split_validation(
+    full, config.train.num_validation, config.train.validation_split
+  )
   return ClassifierData(train, validation, test, len(full))
 
 
@@ -67,7 +75,9 @@ class Verdicts:
 
   clean: np.ndarray  # bool [n], classified right
   robust: np.ndarray  # bool [n], right before and after the attack
-  shown: dict[str, np.ndarray]  # first batch: image and x_adv in [0, 1], label, prediction, adversarial_prediction
+  shown: dict[
+    str, np.ndarray
+  ]  # first batch: image and x_adv in [0, 1], label, prediction, adversarial_prediction
 
 
 class Evaluator:
@@ -78,11 +88,15 @@ class Evaluator:
   highest precision, whatever the network computes in.
   """
 
-  def __init__(self, network: Classifier, source: sources.ImageSource, attack, batch_size: int, mesh, seed: int):
+  def __init__(
+    self, network: Classifier, source: sources.ImageSource, attack, batch_size: int, mesh, seed: int
+  ):
     parallel.check_batch(batch_size, mesh)
     self._network = dataclasses.replace(network, dtype="float32")
     self._source, self._batch_size, self._mesh = source, batch_size, mesh
-    self._key = jax.random.key(seed)
+    self._key = jax.random.fold_in(
+      jax.random.key(seed), zlib.crc32(b"evaluation")
+    )  # training draws from key(seed)
     self._attack = config_lib.build(ATTACKS, attack)
     self._judge = jax.jit(self._verdicts)
 

@@ -4,6 +4,13 @@ from jax_trustdiff import config as config_lib
 from jax_trustdiff.evaluation import report, statistics
 from jax_trustdiff.tasks import classifiers
 from jax_trustdiff.training.workdir import Workdir
+from jax_trustdiff.types import InputError
+
+
+def check(config) -> None:
+  """InputError for a report section that could not be honoured, to be found before the training and not after."""
+  if config.report.num_images < 1:
+    raise InputError(f"report.num_images must be at least 1, found {config.report.num_images}")
 
 
 def classifier_report(
@@ -52,7 +59,8 @@ def comparison_report(config, workdir: Workdir, names: tuple[str, ...], attack: 
   folder = workdir / "report"
   folder.mkdir(exist_ok=True)
   bars = {
-    name: {"clean": metrics[f"{name}/clean_accuracy"], attack: metrics[f"{name}/{attack}_accuracy"]} for name in names
+    name: {"clean": metrics[f"{name}/clean_accuracy"], attack: metrics[f"{name}/{attack}_accuracy"]}
+    for name in names
   }
   report.bars(bars, folder / "accuracy.png", ylabel="accuracy")
   figures = [(folder / "accuracy.png", f"Accuracy on the test images, clean and under {attack}")]
@@ -63,7 +71,8 @@ def comparison_report(config, workdir: Workdir, names: tuple[str, ...], attack: 
   report.html_report(
     folder / "report.html",
     title="Standard and adversarial training",
-    summary="; ".join(f"{n}: {b['clean']:.1%} clean, {b[attack]:.1%} under {attack}" for n, b in bars.items()) + ".",
+    summary="; ".join(f"{n}: {b['clean']:.1%} clean, {b[attack]:.1%} under {attack}" for n, b in bars.items())
+    + ".",
     metrics=metrics,
     figures=figures,
     tables=[],

@@ -18,7 +18,9 @@ def run(task: Callable[..., dict[str, float]], config, workdir: Workdir) -> dict
   seeds = config_lib.parse_seeds(config.seeds, config.seed)
   if len(seeds) == 1:
     if config.seeds:
-      raise InputError(f"config key 'seeds' names several seeds, found {config.seeds!r}; for one set config.seed")
+      raise InputError(
+        f"config key 'seeds' names several seeds, found {config.seeds!r}; for one set config.seed"
+      )
     return task(config, workdir)
   results = []
   for seed in seeds:

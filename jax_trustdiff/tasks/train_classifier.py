@@ -5,6 +5,7 @@ generated data: TRADES or another objective, weight averaging, one-cycle schedul
 PGD accuracy.
 """
 
+import contextlib
 import dataclasses
 import math
 
@@ -40,6 +41,9 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     for source, attack in ((data.test, config.eval.attack), (data.validation, config.eval.validation_attack))
   )
   variables = classifiers.initial_variables(config, network)
+  reports.check(config)
+  shapes = state.shapes(network.init, trainer.optimizer, mesh, config.mesh.rules)
+  _check_batch(network, shapes, config.train.batch_size // config.train.accumulate)
 
   workdir.open()
   fresh = state.create_sharded(
@@ -54,34 +58,31 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     found = validation(train_state.ema_variables)
     return {"clean_accuracy": float(found.clean.mean()), f"{name}_accuracy": float(found.robust.mean())}
 
-  checkpoints = Checkpoints(workdir / "checkpoints")
-  last = loop.fit(
-    fresh,
-    trainer.step,
-    trainer.feed,
-    trainer.schedule,
-    workdir,
-    checkpoints,
-    config.train.batch_size,
-    validate=validate if len(data.validation) else None,
-    score=f"{name}_accuracy",
-    profile=loop.parse_profile(config.train.profile),
-  )
-  best, best_meta = checkpoints.restore_best(last) or (last, {"step": trainer.schedule.num_steps})
-  checkpoints.close()
-  trainer.feed.close()
+  with Checkpoints(workdir / "checkpoints") as checkpoints, contextlib.closing(trainer.feed):
+    last = loop.fit(
+      fresh,
+      trainer.step,
+      trainer.feed,
+      trainer.plan,
+      workdir,
+      checkpoints,
+      config.train.batch_size,
+      validate=validate if len(data.validation) else None,
+      score=f"{name}_accuracy",
+    )
+    best, best_meta = checkpoints.restore_best(last) or (last, {"step": trainer.plan.num_steps})
 
-  best_variables = parallel.gather_to_host(best.ema_variables)
-  verdicts = test(best_variables, f"test image ({classifiers.attack_name(config.eval.attack)})")
+  verdicts = test(best.ema_variables, f"test image ({classifiers.attack_name(config.eval.attack)})")
   metrics = _accuracies(verdicts, config) | {"best_step": best_meta["step"]}
-  if best_meta["step"] != trainer.schedule.num_steps:
-    final = test(parallel.gather_to_host(last.ema_variables), "test image, last checkpoint")
+  if best_meta["step"] != trainer.plan.num_steps:
+    final = test(last.ema_variables, "test image, last checkpoint")
   else:
     final = verdicts
   metrics |= {f"last/{key}": value for key, value in _accuracies(final, config).items()}
+  exported = parallel.gather_to_host(best.ema_variables)
   if parallel.is_main_process():
     export.save_export(
-      workdir / "export", classifiers.model_section(config, network), best_variables, {"metrics": metrics}
+      workdir / "export", classifiers.model_section(config, network), exported, {"metrics": metrics}
     )
     reports.classifier_report(config, workdir, data.test.class_names, verdicts, metrics)
   return metrics
@@ -94,7 +95,7 @@ class Trainer:
   step: state.StepFn
   optimizer: object  # optax.GradientTransformation
   feed: pipeline.Feed
-  schedule: loop.Schedule
+  plan: loop.Plan
 
 
 def build_trainer(config, network: Classifier, data: classifiers.ClassifierData, mesh) -> Trainer:
@@ -125,8 +126,12 @@ def build_trainer(config, network: Classifier, data: classifiers.ClassifierData,
     x = to_unit(transform(batch["image"], augment_key))
     variables = {"params": params, "batch_stats": batch_stats}
     x_adv = objective.attack(network, jax.lax.stop_gradient(variables), x, batch["label"], attack_key)
-    loss, moments, metrics = objective.loss(network, variables, x, jax.lax.stop_gradient(x_adv), batch["label"])
-    momentum = jnp.where(step == 0, 1.0, config.train.bn_momentum)  # the first batch replaces the initial statistics
+    loss, moments, metrics = objective.loss(
+      network, variables, x, jax.lax.stop_gradient(x_adv), batch["label"]
+    )
+    # The first batch replaces initial statistics, but not those that came with trained parameters.
+    first = config.train.bn_momentum if config.init_from else 1.0
+    momentum = jnp.where(step == 0, first, config.train.bn_momentum)
     batch_stats = objectives.move_statistics(batch_stats, jax.lax.stop_gradient(moments), momentum)
     metrics = {name: value.mean() for name, value in metrics.items()}
     rate = {"learning_rate": schedule.learning_rate(step), "momentum": schedule.momentum(step)}
@@ -140,14 +145,22 @@ def build_trainer(config, network: Classifier, data: classifiers.ClassifierData,
     step=state.make_train_step(loss_fn, optimizer, decay, accumulate),
     optimizer=optimizer,
     feed=pipeline.make_feed(data.train, sampler, mesh, config.train.resident),
-    schedule=loop.Schedule(
+    plan=loop.Plan(
       num_steps=num_epochs * steps_per_epoch,
       log_every=config.train.log_every,
       checkpoint_every=config.train.checkpoint_every,
       validate_every=every * steps_per_epoch if len(data.validation) else 0,
       steps_per_dispatch=config.train.steps_per_dispatch,
+      profile=loop.parse_profile(config.train.profile),
     ),
   )
+
+
+def _check_batch(network: Classifier, shapes: state.TrainState, batch_size: int) -> None:
+  """Traces one forward pass of a micro-batch: what does not fit raises before anything is written."""
+  images = jax.ShapeDtypeStruct((batch_size, *network.image_shape), jnp.float32)
+  variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
+  jax.eval_shape(network.train_logits, variables, images)
 
 
 def _accuracies(verdicts: classifiers.Verdicts, config) -> dict[str, float]:
@@ -155,10 +168,12 @@ def _accuracies(verdicts: classifiers.Verdicts, config) -> dict[str, float]:
   return {"clean_accuracy": float(verdicts.clean.mean()), robust: float(verdicts.robust.mean())}
 
 
-def _say_size(network: Classifier, fresh: state.TrainState, data: classifiers.ClassifierData, trainer: Trainer) -> None:
+def _say_size(
+  network: Classifier, fresh: state.TrainState, data: classifiers.ClassifierData, trainer: Trainer
+) -> None:
   count = num_params({"params": fresh.params})
   say(
     f"{count:,} parameters, {forward_flops(network) / 2e9:.3g} GMAC an image; {len(data.train):,} training, "
-    f"{len(data.validation):,} validation, {len(data.test):,} test images; {trainer.schedule.num_steps:,} steps on "
+    f"{len(data.validation):,} validation, {len(data.test):,} test images; {trainer.plan.num_steps:,} steps on "
     f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
   )

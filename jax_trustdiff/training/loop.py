@@ -3,28 +3,48 @@
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import jax
-import numpy as np
+from jax.experimental import multihost_utils
 
 from jax_trustdiff import parallel
-from jax_trustdiff.training.checkpoints import Checkpoints
+from jax_trustdiff.training.checkpoints import Checkpoints, template
 from jax_trustdiff.training.progress import ProgressReport, duration, say
 from jax_trustdiff.training.state import StepFn, TrainState
 from jax_trustdiff.training.workdir import Workdir
-from jax_trustdiff.types import InputError, RunError, Stopped
+from jax_trustdiff.types import InputError, PyTree, RunError, Stopped
+
+
+@runtime_checkable
+class Feed(Protocol):
+  """What `fit` needs of its data: the batch of every step is a function of the step's number alone."""
+
+  arrays: PyTree  # stay on the devices; an argument of the compiled step
+
+  def take(self, arrays: PyTree, payload: PyTree) -> Any:
+    """The batch of one step, inside jit; `payload` is one row of what `next` returned."""
+
+  def start(self, step: int) -> None:
+    """The following `next` begins with the batch of `step`."""
+
+  def next(self, num_steps: int) -> PyTree:
+    """Global arrays [num_steps, ...]: the payloads of the following steps; moves on by as many."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class Plan:
   """How long to train and how often to do what, in optimizer steps.
 
-  What happens at a step depends on its number alone, so that an interrupted run does the same as an undisturbed
-  one. validate_every = 0: never.
+  What happens at a step depends on its number alone, so that an interrupted run does the same as an
+  undisturbed one. validate_every = 0: never. profile = (first, last): the steps first .. last - 1 are traced;
+  (0, 0): none. InputError for numbers that make no plan.
   """
 
   num_steps: int
@@ -32,16 +52,28 @@ class Schedule:
   checkpoint_every: int
   validate_every: int = 0
   steps_per_dispatch: int = 1
+  profile: tuple[int, int] = (0, 0)
 
   def __post_init__(self):
     for field in ("num_steps", "log_every", "checkpoint_every", "steps_per_dispatch"):
       if getattr(self, field) < 1:
         raise InputError(f"train.{field} must be at least 1, found {getattr(self, field)}")
+    if self.validate_every < 0:
+      raise InputError(
+        f"validation every {self.validate_every} steps: give a positive number, or 0 for never"
+      )
+    first, last = self.profile
+    if last and not 0 <= first < min(last, self.num_steps):
+      raise InputError(
+        f"train.profile needs first < last and first below the {self.num_steps} steps of the run,"
+        f" found {first}:{last}"
+      )
 
   def dispatch_end(self, step: int) -> int:
-    """The step at which the dispatch that starts at `step` ends."""
+    """The step at which the dispatch that starts at `step` ends: nothing is due inside a dispatch."""
     periods = (self.steps_per_dispatch, self.log_every, self.checkpoint_every, self.validate_every)
-    return min([self.num_steps, *((step // p + 1) * p for p in periods if p)])
+    events = [*((step // p + 1) * p for p in periods if p), *(p for p in self.profile if p > step)]
+    return min([self.num_steps, *events])
 
   def validates_at(self, step: int) -> bool:
     """Whether validation is due once `step` steps are done."""
@@ -51,65 +83,74 @@ class Schedule:
     """Whether a checkpoint is due once `step` steps are done."""
     return step % self.checkpoint_every == 0 or step == self.num_steps or self.validates_at(step)
 
+  def logs_at(self, step: int) -> bool:
+    """Whether a line of metrics is due once `step` steps are done."""
+    return step % self.log_every == 0 or step == self.num_steps
+
+  def traces_at(self, step: int) -> bool:
+    """Whether the step that starts once `step` steps are done is traced."""
+    return self.profile[0] <= step < self.profile[1]
+
 
 def fit(
   state: TrainState,
   train_step: StepFn,
-  feed,
-  schedule: Schedule,
+  feed: Feed,
+  plan: Plan,
   workdir: Workdir,
   checkpoints: Checkpoints,
   batch_size: int,
   validate: Callable[[TrainState], dict[str, float]] | None = None,
   score: str | None = None,
-  profile: tuple[int, int] = (0, 0),
 ) -> TrainState:
-  """Trains `state` (its buffers are given up) to schedule.num_steps and returns the final state.
+  """Trains `state` to plan.num_steps and returns the final state.
 
   Starts from the newest checkpoint in the workdir if there is one, exactly: parameters, optimizer, average,
-  statistics, step and so the order of the data. `validate(state)` returns metrics, of which `score` ranks the
-  checkpoints. `batch_size` is for images/s. RunError at a loss that is not finite, naming the step; Stopped after SIGTERM or Ctrl-C, saved.
-  profile = (first, last): traces those steps into workdir/profile.
+  statistics, step and so the order of the data, and the metrics since their last line. The buffers of `state`
+  are given up, before anything is restored. `validate(state)` returns metrics, of which `score` ranks the
+  checkpoints. `batch_size` is for images/s. The steps of plan.profile are traced into workdir/profile.
+  RunError at a loss that is not finite, naming the step; Stopped after SIGTERM or Ctrl-C, saved.
   """
-  restored = checkpoints.restore_latest(state)
-  if restored is not None:
-    state = restored[0]
-    say(f"resuming at step {int(state.step)} of {schedule.num_steps}")
+  window = None
+  if checkpoints.latest_step() is not None:
+    wanted = template(state)
+    jax.tree.map(lambda x: x.delete(), state)  # else two states would be on the devices
+    state, meta = checkpoints.restore_latest(wanted)
+    window = meta["window"]
+    say(f"resuming at step {int(state.step)} of {plan.num_steps}")
   step = int(state.step)
   workdir.forget_metrics_after(step)
-  if step >= schedule.num_steps:
+  if step >= plan.num_steps:
     return state
 
   feed.start(step)
   compiled = _Compiler(train_step, feed)
-  log = _Log(workdir, schedule, batch_size)
   with (
     checkpoints.finished(),
     _stop_signals() as stop,
-    ProgressReport("step", schedule.num_steps, step, batch_size) as progress,
+    ProgressReport("step", plan.num_steps, step, batch_size) as progress,
+    _Log(workdir, plan, batch_size, progress, window) as log,
+    _Trace(workdir, plan) as trace,
   ):
-    log.progress = progress
-    while step < schedule.num_steps:
-      end = schedule.dispatch_end(step)
+    while step < plan.num_steps:
+      end = plan.dispatch_end(step)
       payload = feed.next(end - step)
-      if profile[0] == step and profile[1] > step:
-        jax.profiler.start_trace(str(workdir / "profile"))
       run = compiled(state, payload, end - step)
+      trace.before(step)
       state, metrics = run(state, feed.arrays, payload)
       log.add(step, metrics)
-      if step < profile[1] <= end:
-        jax.block_until_ready(state)
-        jax.profiler.stop_trace()
+      trace.after(end, state)
       step = end
-      stopping = stop.requested(step)
-      if schedule.checkpoints_at(step) or stopping:
+      stopping = stop.requested()
+      if plan.checkpoints_at(step) or stopping:
         log.flush()
         progress.pause()
-        found = validate(state) if validate is not None and schedule.validates_at(step) else {}
+        found = validate(state) if validate is not None and plan.validates_at(step) else {}
         if found:
           log.write(step, {f"validation/{k}": v for k, v in found.items()})
-        meta = {"step": step, "feed": feed.state(), "metrics": found}
+        meta = {"step": step, "metrics": found, "window": log.window()}
         checkpoints.save(step, state, meta, score=found.get(score) if score else None)
+        workdir.keep_seconds()
         progress.resume()
       if stopping:
         raise Stopped(f"saved at step {step}; the same command goes on from there", 128 + stopping)
@@ -117,9 +158,9 @@ def fit(
 
 
 class _Compiler:
-  """The compiled program of n steps, one for each n that occurs; says how long compiling took and what memory it needs."""
+  """The compiled program of n steps, one for each n that occurs; says how long it took and what memory it needs."""
 
-  def __init__(self, train_step: StepFn, feed):
+  def __init__(self, train_step: StepFn, feed: Feed):
     self._programs = {}
 
     def run(state, arrays, payloads):
@@ -151,17 +192,63 @@ def _memory(program) -> str:
   return f"estimate: {(needed - analysis.alias_size_in_bytes) / 2**30:.2f} GiB on each device"
 
 
-class _Log:
-  """Metrics to metrics.jsonl, TensorBoard and the progress line; fetched one dispatch late, so the device never waits."""
+class _Trace:
+  """The profiler, on during the steps of plan.profile and off at the end, however it comes."""
 
-  def __init__(self, workdir: Workdir, schedule: Schedule, batch_size: int):
-    self._workdir, self._schedule, self._batch_size = workdir, schedule, batch_size
+  def __init__(self, workdir: Workdir, plan: Plan):
+    self._folder, self._plan = workdir / "profile", plan
+    self._tracing = False
+
+  def before(self, step: int) -> None:
+    """The dispatch that starts at `step` comes next."""
+    if self._plan.traces_at(step) and not self._tracing:
+      jax.profiler.start_trace(str(self._folder))
+      self._tracing = True
+
+  def after(self, step: int, state: TrainState) -> None:
+    """`state` is what the dispatch that ends at `step` returned, or will return."""
+    if self._tracing and not self._plan.traces_at(step):
+      jax.block_until_ready(state)
+      self._stop()
+
+  def _stop(self) -> None:
+    self._tracing = False
+    jax.profiler.stop_trace()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    if self._tracing:
+      self._stop()
+
+
+class _Log:
+  """Metrics to metrics.jsonl, TensorBoard and the progress line; fetched one dispatch late: the device never waits.
+
+  window: what `window` returned when the checkpoint was saved that the run goes on from.
+  """
+
+  def __init__(
+    self, workdir: Workdir, plan: Plan, batch_size: int, progress: ProgressReport, window: dict | None = None
+  ):
+    self._workdir, self._plan, self._batch_size, self._progress = workdir, plan, batch_size, progress
     self._pending = None
-    self._window: list[dict[str, float]] = []
+    self._count, self._sums = (window["count"], dict(window["sums"])) if window else (0, {})
     self._started = None
     self._estimated = False
     self._tensorboard = _tensorboard_writer(workdir)
-    self.progress: ProgressReport | None = None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    if self._tensorboard is not None:
+      self._tensorboard.close()
+
+  def window(self) -> dict:
+    """The sums of the metrics since the last line and the number of their steps, as JSON."""
+    return {"count": self._count, "sums": dict(self._sums)}
 
   def add(self, first_step: int, metrics: dict) -> None:
     """The metrics, arrays [n], of the dispatch that starts at `first_step`."""
@@ -193,14 +280,14 @@ class _Log:
             f"{name} is {row[name]} at step {first_step + i}: stopped; "
             "earlier checkpoints are untouched (try a smaller learning rate or optimizer.clip_norm)"
           )
-      self._window.append(row)
+      self._sums = {name: self._sums.get(name, 0.0) + value for name, value in row.items()}
+      self._count += 1
     step = first_step + count
     self._estimate(step, count)
-    if step % self._schedule.log_every == 0 or step == self._schedule.num_steps:
-      means = {name: float(np.mean([row[name] for row in self._window])) for name in self._window[0]}
-      self.write(step, means)
-      self._window.clear()
-    self.progress.update(step, f"loss {row['loss']:.3f}")
+    if self._plan.logs_at(step):
+      self.write(step, {name: total / self._count for name, total in self._sums.items()})
+      self._count, self._sums = 0, {}
+    self._progress.update(step, f"loss {row['loss']:.3f}")
 
   def _estimate(self, step: int, count: int) -> None:
     """Says once, from the third dispatch, how long training will take."""
@@ -212,7 +299,7 @@ class _Log:
     if not self._estimated and step - first >= 2 * count:
       self._estimated = True
       seconds = (now - then) / (step - first)
-      left = (self._schedule.num_steps - step) * seconds
+      left = (self._plan.num_steps - step) * seconds
       say(
         f"estimate: {seconds * 1e3:.0f} ms a step, {self._batch_size / seconds:,.0f} images/s, "
         f"about {duration(left)} of training steps to go, validation apart"
@@ -224,21 +311,30 @@ def _tensorboard_writer(workdir: Workdir):
   installed = all(importlib.util.find_spec(name) for name in ("tensorflow", "tensorboard"))
   if not installed or not parallel.is_main_process():
     return None
+  import tensorflow as tf
+
+  try:
+    tf.config.set_visible_devices([], "GPU")  # it would take the memory that the training needs
+  except RuntimeError:
+    say("TensorFlow is already in use in this process and keeps what it has of the GPU's memory")
   from clu import metric_writers
 
   return metric_writers.SummaryWriter(str(workdir / "tensorboard"))
+
+
+# Dispatches of this process, counted through all its runs: processes of a multi-host run count alike.
+_dispatches = itertools.count(1)
 
 
 @dataclasses.dataclass
 class _Stop:
   number: int = 0
 
-  def requested(self, step: int) -> int:
-    """The number of the signal that asked to stop, the same on every process; 0 if none did."""
+  def requested(self) -> int:
+    """The number of the signal that asked to stop, the same on every process, or 0; to be asked once a dispatch."""
     if jax.process_count() > 1:
-      from jax.experimental import multihost_utils
-
-      return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+      # True at one count only, the one after the largest that a process had reached; steps would jump over it.
+      return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(_dispatches)) else 0
     return self.number
 
 
@@ -246,17 +342,22 @@ class _Stop:
 def _stop_signals() -> Iterator[_Stop]:
   """SIGTERM and Ctrl-C ask for a stop after the step in flight; a second one kills.
 
-  In a multi-host run JAX itself listens for SIGTERM and agrees with the other hosts on a common step.
+  In a multi-host run JAX itself listens for SIGTERM and agrees with the other hosts on a common step; Ctrl-C in
+  one process is passed on as SIGTERM, so that all stop there and not only this one.
   """
   stop = _Stop()
 
   def handler(number, frame):
     del frame
-    stop.number = number
     signal.signal(number, signal.SIG_DFL)
-    say("stopping after this step; once more kills")
+    if jax.process_count() > 1:
+      say("stopping with the other processes at a step they agree on; once more kills this one")
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      stop.number = number
+      say("stopping after this step; once more kills")
 
-  numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+  numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
   try:
     before = {number: signal.signal(number, handler) for number in numbers}
   except ValueError:  # not the main thread (a notebook server): its owner has the signals

@@ -24,7 +24,9 @@ class Schedule(NamedTuple):
   momentum: ScheduleFn
 
 
-def constant(learning_rate: float, num_epochs: float, steps_per_epoch: int, momentum: float = 0.9) -> Schedule:
+def constant(
+  learning_rate: float, num_epochs: float, steps_per_epoch: int, momentum: float = 0.9
+) -> Schedule:
   """The same learning rate and momentum at every step."""
   del num_epochs, steps_per_epoch
   return Schedule(lambda step: _float(learning_rate), lambda step: _float(momentum))
@@ -150,7 +152,11 @@ def adamw(
   return optax.chain(
     optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity(),
     optax.adamw(
-      schedule.learning_rate, b1, b2, weight_decay=weight_decay, mask=lambda params: decay_mask(params, no_decay)
+      schedule.learning_rate,
+      b1,
+      b2,
+      weight_decay=weight_decay,
+      mask=lambda params: decay_mask(params, no_decay),
     ),
   )
 
@@ -165,14 +171,14 @@ def decay_mask(params: PyTree, no_decay: str) -> PyTree:
   )
 
 
-def ema_decay(t: jax.Array, tau: float, warmup_steps: float = 0.0) -> jax.Array:
+def ema_decay(t: jax.Array, decay: float, warmup_steps: float = 0.0) -> jax.Array:
   """Decay of the parameter average at step t = 1, 2, ...; 0 is a plain copy.
 
-  0 while t < warmup_steps, then min(tau, (1 + d) / (10 + d)) with d = t - warmup_steps
+  0 while t < warmup_steps, then min(decay, (1 + d) / (10 + d)) with d = t - warmup_steps
   (Gowal et al. 2020; warm start of Rebuffi et al. 2021 as in Wang et al. 2023).
   """
   d = _float(t) - warmup_steps
-  return jnp.where(d < 0, 0.0, jnp.minimum(tau, (1 + d) / (10 + d)))
+  return jnp.where(d < 0, 0.0, jnp.minimum(decay, (1 + d) / (10 + d)))
 
 
 def _one_cycle(total, maximum, fraction, initial_divisor, final_divisor, high, low) -> Schedule:

@@ -4,6 +4,7 @@ import sys
 import time
 
 import jax
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 SECONDS_BETWEEN_LINES = 20.0  # where there is no terminal
@@ -44,6 +45,7 @@ class ProgressReport:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
       )
       self._task = self._bar.add_task(what, total=total, completed=done, note="")
       self._bar.start()

@@ -52,6 +52,22 @@ def create(
   )
 
 
+def shapes(
+  init: Callable[[jax.Array], Variables],
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  rules: tuple[tuple[str, Any], ...],
+) -> TrainState:
+  """The shapes, types and shardings of what `create` makes: a TrainState of ShapeDtypeStructs; nothing is computed.
+
+  rules: (regex, rule) pairs of `parallel.shardings`; InputError for a rule that is unknown or does not fit the
+  shape of an array it is for.
+  """
+  abstract = jax.eval_shape(lambda key: create(init, optimizer, key), jax.random.key(0))
+  shardings = parallel.shardings(mesh, abstract, rules)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+
 def create_sharded(
   init: Callable[[jax.Array], Variables],
   optimizer: optax.GradientTransformation,
@@ -59,9 +75,9 @@ def create_sharded(
   mesh: jax.sharding.Mesh,
   rules: tuple[tuple[str, Any], ...],
 ) -> TrainState:
-  """`create`, with every array born in its shards: shapes first, then shardings by path, then the values."""
-  make = lambda key: create(init, optimizer, key)  # noqa: E731
-  born = jax.jit(make, out_shardings=parallel.shardings(mesh, jax.eval_shape(make, key), rules))
+  """`create`, with every array born in its shards; InputError as `shapes`."""
+  shardings = jax.tree.map(lambda x: x.sharding, shapes(init, optimizer, mesh, rules))
+  born = jax.jit(lambda key: create(init, optimizer, key), out_shardings=shardings)
   return born.lower(key).compile(compiler_options=parallel.quick_compilation())(key)
 
 
@@ -105,7 +121,9 @@ def make_train_step(
     def body(carry, item):
       total, batch_stats = carry
       index, micro = item
-      grads, batch_stats, metrics = micro_step(params, batch_stats, micro, jax.random.fold_in(key, index), step)
+      grads, batch_stats, metrics = micro_step(
+        params, batch_stats, micro, jax.random.fold_in(key, index), step
+      )
       return (jax.tree.map(jnp.add, total, grads), batch_stats), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, params)

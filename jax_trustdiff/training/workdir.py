@@ -1,8 +1,10 @@
 """A run's folder: its config, its lock, its metrics and its result.
 
-    workdir/ config.json  metrics.jsonl  result.json  checkpoints/  export/  report/
+workdir/ config.json  metrics.jsonl  result.json  checkpoints/  export/  report/
 """
 
+import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -10,7 +12,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,7 +34,8 @@ class Workdir:
     self._config = config
     self._parent = parent
     self._lock = None
-    self._started = time.time()
+    self._started = time.monotonic()
+    self._seconds_before = 0.0
 
   def __truediv__(self, name: str) -> pathlib.Path:
     return self.path / name
@@ -42,22 +45,20 @@ class Workdir:
     return Workdir(self.path / name, config, parent=self)
 
   def check(self) -> None:
-    """InputError if this folder belongs to another config, is not a run's folder, or is in use. Writes nothing."""
-    if not self.path.exists():
-      return
-    if not self.path.is_dir():
-      raise InputError(f"workdir {self.path} is a file")
-    file = self / "config.json"
-    if file.exists():
-      changed = config_lib.difference(json.loads(file.read_text()), self._config)
-      if changed:
-        shown = "; ".join(changed[:8]) + ("; ..." if len(changed) > 8 else "")
-        raise InputError(f"workdir {self.path} holds a run of another config ({shown}): take another --workdir")
-    elif any(not p.name.startswith(".") for p in self.path.iterdir()):
-      raise InputError(f"workdir {self.path} is not empty and holds no config.json: it is not a run's folder")
-    if parallel.is_main_process() and self._lock is None and (self / ".lock").exists():
-      with open(self / ".lock") as file:
-        _flock(file, self.path)
+    """Writes nothing. InputError if this folder cannot be written, is in use, or is not one of this config's run."""
+    with _input_errors(self.path):
+      if not self.path.exists():
+        self._check_creatable()
+        return
+      if not self.path.is_dir():
+        raise InputError(f"workdir {self.path} is a file")
+      self._check_config()
+      if parallel.is_main_process() and self._lock is None:
+        if not os.access(self.path, os.W_OK | os.X_OK):
+          raise InputError(f"workdir {self.path} is not writable: take another --workdir")
+        if (self / ".lock").exists():
+          with open(self / ".lock", "r+") as file:
+            _flock(file, self.path)
 
   def open(self) -> None:
     """Creates the folder, takes its lock and writes config.json; InputError as `check`. Opening twice is fine."""
@@ -66,17 +67,30 @@ class Workdir:
     self.check()
     if not parallel.is_main_process() or self._lock is not None:
       return
-    self.path.mkdir(parents=True, exist_ok=True)
-    self._lock = open(self / ".lock", "w")
-    _flock(self._lock, self.path)
-    if not (self / "config.json").exists():
-      write_atomically(self / "config.json", config_lib.to_json(self._config) + "\n")
+    with _input_errors(self.path):
+      self.path.mkdir(parents=True, exist_ok=True)
+      lock = open(self / ".lock", "a")
+      _flock(lock, self.path)
+      self._lock = lock
+      if (self / ".seconds").exists():
+        self._seconds_before = float((self / ".seconds").read_text())
+      if not (self / "config.json").exists():
+        write_atomically(self / "config.json", config_lib.to_json(self._config) + "\n")
 
   def close(self) -> None:
     """Gives the lock back (the system does so too when the process dies)."""
     if self._lock is not None:
+      with contextlib.suppress(OSError):  # a full disk: whoever filled it has been told
+        self.keep_seconds()
       self._lock.close()
       self._lock = None
+
+  def keep_seconds(self) -> None:
+    """Writes down the seconds spent so far, here and in the run this one is part of, for later sessions."""
+    if self._parent is not None:
+      self._parent.keep_seconds()
+    if self._lock is not None:
+      write_atomically(self / ".seconds", f"{self._seconds():.3f}\n")
 
   def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
     """One line of metrics.jsonl."""
@@ -102,7 +116,10 @@ class Workdir:
     return json.loads(file.read_text())["metrics"] if file.exists() else None
 
   def information(self) -> dict[str, Any]:
-    """Task, config hash, seed, versions, device and the seconds since this object was made."""
+    """Task, config hash, seed, versions, device and the seconds spent, earlier sessions included.
+
+    Of a session that was killed, the seconds up to its last checkpoint count.
+    """
     device = jax.devices()[0]
     return {
       "task": self._config.task,
@@ -113,7 +130,7 @@ class Workdir:
       }
       | {"jax_trustdiff": jax_trustdiff.__version__, "python": platform.python_version()},
       "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
-      "seconds": round(time.time() - self._started, 1),
+      "seconds": round(self._seconds(), 1),
     }
 
   def write_result(self, metrics: Mapping[str, Any]) -> None:
@@ -121,6 +138,36 @@ class Workdir:
     if parallel.is_main_process():
       result = self.information() | {"metrics": dict(metrics)}
       write_atomically(self / "result.json", json.dumps(result, indent=2) + "\n")
+
+  def _seconds(self) -> float:
+    return self._seconds_before + time.monotonic() - self._started
+
+  def _check_creatable(self) -> None:
+    existing = next(p for p in self.path.parents if p.exists())
+    if not existing.is_dir():
+      raise InputError(f"workdir {self.path} cannot be made: {existing} is a file")
+    if parallel.is_main_process() and not os.access(existing, os.W_OK | os.X_OK):
+      raise InputError(
+        f"workdir {self.path} cannot be made: {existing} is not writable; take another --workdir"
+      )
+
+  def _check_config(self) -> None:
+    file = self / "config.json"
+    if file.exists():
+      try:
+        stored = json.loads(file.read_text())
+      except ValueError:
+        raise InputError(
+          f"{file} is not JSON: it is not the config of a run; take another --workdir"
+        ) from None
+      changed = config_lib.difference(stored, self._config)
+      if changed:
+        shown = "; ".join(changed[:8]) + ("; ..." if len(changed) > 8 else "")
+        raise InputError(
+          f"workdir {self.path} holds a run of another config ({shown}): take another --workdir"
+        )
+    elif any(not p.name.startswith(".") for p in self.path.iterdir()):
+      raise InputError(f"workdir {self.path} is not empty and holds no config.json: it is not a run's folder")
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -134,11 +181,31 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 def _flock(file, path: pathlib.Path) -> None:
+  """Takes the lock of the folder `path`; closes `file` and raises InputError if it cannot be had.
+
+  `file` must be writable: NFS makes flock a lock of fcntl, which asks for that; a lock that another holds may
+  then be EACCES.
+  """
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
+  except OSError as error:
     file.close()
-    raise InputError(f"workdir {path} is in use by another process") from None
+    if error.errno in (errno.EAGAIN, errno.EACCES):
+      raise InputError(f"workdir {path} is in use by another process") from None
+    raise InputError(
+      f"workdir {path} cannot be locked ({error.strerror}): take a --workdir on a file system that has locks"
+    ) from None
+
+
+@contextlib.contextmanager
+def _input_errors(path: pathlib.Path) -> Iterator[None]:
+  """What the system refuses to do with the folder `path` as InputError; a full disk stays an OSError."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    raise InputError(f"workdir {path} cannot be used: {error.strerror}; take another --workdir") from None
 
 
 def _parse_line(line: str) -> dict | None:

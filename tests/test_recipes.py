@@ -1,0 +1,74 @@
+"""Every recipe's smoke variant, run as users run it, and the same recipes from an installed wheel."""
+
+import json
+import math
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+def command(*args, path=ROOT, cwd=ROOT):
+  return subprocess.run(
+    [sys.executable, "-m", "jax_trustdiff.main", *args],
+    capture_output=True,
+    text=True,
+    cwd=cwd,
+    env=os.environ | {"PYTHONPATH": str(path)},
+  )
+
+
+def cpu_seconds() -> float:
+  used = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "recipe", [pytest.param(name, marks=pytest.mark.floor if name == "at_cifar" else ()) for name in RECIPES]
+)
+def test_smoke_takes_less_than_a_minute_of_two_cores(tmp_path, recipe):
+  before = cpu_seconds()
+  shown = command(f"--config=configs/{recipe}.py:smoke", f"--workdir={tmp_path}/run")
+  assert shown.returncode == 0, shown.stderr
+  assert cpu_seconds() - before < 2 * 60
+  result = json.loads((tmp_path / "run/result.json").read_text())
+  assert result["metrics"] and all(math.isfinite(value) for value in result["metrics"].values())
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+  """A folder with the unpacked wheel, as pip would install it."""
+  folder = tmp_path_factory.mktemp("wheel")
+  subprocess.run(
+    [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, ROOT],
+    check=True,
+  )
+  (wheel,) = folder.glob("*.whl")
+  with zipfile.ZipFile(wheel) as archive:
+    archive.extractall(folder / "site")
+  return folder / "site"
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_has_the_recipes(installed, tmp_path):
+  for recipe in RECIPES:
+    shown = command(f"--config=configs/{recipe}.py:smoke", "--print_config", path=installed, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "task = " in shown.stdout
+  where = "import jax_trustdiff; print(jax_trustdiff.__file__)"
+  found = subprocess.run(
+    [sys.executable, "-c", where],
+    capture_output=True,
+    text=True,
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": str(installed)},
+  )
+  assert found.stdout.startswith(str(installed))

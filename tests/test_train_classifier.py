@@ -1,0 +1,136 @@
+"""The wiring of classifier training: every name can be chosen, and an initial network is used as it is."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_trustdiff import config as config_lib
+from jax_trustdiff import parallel
+from jax_trustdiff.attacks.pgd import ATTACKS
+from jax_trustdiff.data.augment import AUGMENTATIONS
+from jax_trustdiff.data.sources import SOURCES
+from jax_trustdiff.interop import export
+from jax_trustdiff.models.registry import MODELS
+from jax_trustdiff.robustness.objectives import OBJECTIVES
+from jax_trustdiff.tasks import classifiers, train_classifier
+from jax_trustdiff.training import state
+from jax_trustdiff.training.optimizers import OPTIMIZERS, SCHEDULES
+from jax_trustdiff.types import InputError
+
+SMOKE = "configs/at_cifar.py:smoke"
+CHOICES = [
+  (section, name)
+  for section, registry in {
+    "model": MODELS,
+    "augment": AUGMENTATIONS,
+    "objective": OBJECTIVES,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "eval.attack": ATTACKS,
+  }.items()
+  for name in registry
+]
+
+
+def built(config):
+  """(network, data, trainer) of a config."""
+  mesh = parallel.make_mesh()
+  data = classifiers.load_data(config)
+  network = classifiers.build_network(config.model, data.train)
+  return network, data, train_classifier.build_trainer(config, network, data, mesh)
+
+
+@pytest.mark.parametrize("section, name", CHOICES)
+def test_every_name_can_be_chosen(section, name):
+  overrides = {f"{section}.name": name}
+  if name == "preact_resnet":
+    overrides |= {"model.depth": 18, "model.width": 2}
+  if name == "one_cycle_epochs":
+    overrides |= {"schedule.warmup_fraction": 0.75}
+  config = config_lib.load(SMOKE, overrides)
+  network, data, trainer = built(config)
+  attack = config_lib.build(ATTACKS, config.eval.attack)
+  assert attack.norm == config.eval.attack.norm
+  if section != "objective":
+    return
+  shapes = jax.eval_shape(lambda key: state.create(network.init, trainer.optimizer, key), jax.random.key(0))
+  batch = {"image": jnp.zeros((64, 8, 8, 1), jnp.uint8), "label": jnp.zeros(64, jnp.int32)}
+  after, metrics = jax.eval_shape(trainer.step, shapes, batch)
+  assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, shapes)
+  assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_every_source_can_be_chosen(tmp_path, name):
+  overrides = {"data.name": name}
+  if name not in ("digits", "npz_or_digits"):
+    overrides["data.path"] = str(tmp_path / "absent")
+  if name == "tfds":
+    overrides["data.dataset"] = "mnist"
+  config = config_lib.load(SMOKE, overrides)
+  if name in ("digits", "npz_or_digits"):
+    assert len(classifiers.load_data(config).train) == 512 - 64
+  else:
+    with pytest.raises(InputError, match="absent"):
+      classifiers.load_data(config)
+
+
+@pytest.mark.parametrize("how", ["auto", "yes", "no"])
+def test_images_are_resident_or_streamed_as_the_config_says(how):
+  _, data, trainer = built(config_lib.load(SMOKE, {"train.resident": how}))
+  resident = bool(jax.tree.leaves(trainer.feed.arrays))
+  assert resident == (how != "no")
+  trainer.feed.start(0)
+  batch = trainer.feed.take(trainer.feed.arrays, jax.tree.map(lambda x: x[0], trainer.feed.next(1)))
+  assert batch["image"].shape == (64, 8, 8, 1)
+  trainer.feed.close()
+
+
+def test_random_validation_holds_out_other_images_than_first():
+  first, random = (
+    classifiers.load_data(config_lib.load(SMOKE, {"train.validation_split": how})).validation
+    for how in ("first", "random")
+  )
+  rows = np.arange(len(first))
+  assert len(first) == len(random) == 64
+  assert not np.array_equal(first.take(rows)["image"], random.take(rows)["image"])
+
+
+def test_statistics_that_came_with_parameters_are_kept(tmp_path):
+  config = config_lib.load(SMOKE, {"train.bn_momentum": 0.0, "objective.num_steps": 1})
+  network, data, trainer = built(config)
+  variables = jax.jit(network.init)(jax.random.key(1))
+  variables["batch_stats"] = jax.tree.map(lambda x: x + 0.5, variables["batch_stats"])
+  section = classifiers.model_section(config, network)
+  export.save_export(tmp_path / "export", section, jax.device_get(variables))
+  tuned = config_lib.load(SMOKE, {"train.bn_momentum": 0.0, "init_from": str(tmp_path / "export")})
+  found = classifiers.initial_variables(tuned, network)
+  jax.tree.map(np.testing.assert_array_equal, found, jax.device_get(variables))
+
+  batch = {
+    "image": jax.random.randint(jax.random.key(2), (64, 8, 8, 1), 0, 256).astype(jnp.uint8),
+    "label": jnp.arange(64) % 10,
+  }
+  for settings, kept in ((config, False), (tuned, True)):
+    step = train_classifier.build_trainer(settings, network, data, parallel.make_mesh()).step
+    fresh = state.with_variables(state.create(network.init, trainer.optimizer, jax.random.key(0)), variables)
+    after, _ = jax.jit(step)(fresh, batch)
+    same = [
+      np.allclose(a, b)
+      for a, b in zip(jax.tree.leaves(after.batch_stats), jax.tree.leaves(fresh.batch_stats), strict=True)
+    ]
+    assert all(same) if kept else not any(same)
+
+
+@pytest.mark.parametrize("change", [{"activation": "relu"}, {"mean": (0.1,)}, {"width": 2}])
+def test_an_export_of_another_network_is_refused(tmp_path, change):
+  config = config_lib.load(SMOKE)
+  network, _, _ = built(config)
+  variables = jax.device_get(jax.jit(network.init)(jax.random.key(1)))
+  export.save_export(tmp_path / "export", classifiers.model_section(config, network), variables)
+  other = config_lib.load(SMOKE, {"init_from": str(tmp_path / "export")} | {f"model.{k}": v for k, v in change.items()})
+  with pytest.raises(InputError, match=next(iter(change))):
+    classifiers.initial_variables(other, dataclasses.replace(network, **change))
