@@ -7,7 +7,9 @@ at_step: the PGD-10 and TRADES-10 training steps of a WRN-16-4 (batch 32), image
 implementation of the same step (channels_last) where torch is installed, in this Python or in `peer_python`; and the
 cliff of gradient convolutions inside loops on XLA:CPU. Minutes on two cores; rounds are short, so noise shows as the
 spread of the ratios.
-wrn28_10: the same step at the size of the paper, bfloat16, batch 512: for an accelerator.
+wrn28_10: the same step at the size of the paper, bfloat16, batch 512: for an accelerator. On a GPU both programs
+share its memory, of which jax takes three quarters when it starts unless told otherwise:
+XLA_PYTHON_CLIENT_PREALLOCATE=false python -m jax_trustdiff.main --config=configs/benchmark.py:wrn28_10
 """
 
 from ml_collections import ConfigDict

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 PyTree = Any
 Variables = dict[str, Any]  # {'params': ..., 'batch_stats': ...}, nested dicts of arrays
 
+Image = Float[Array, "b h w c"]  # of any range: a gradient, a difference, a start outside the cube
 Unit = Float[Array, "b h w c"]
 Signed = Float[Array, "b h w c"]
 Bytes = UInt8[Array, "b h w c"]

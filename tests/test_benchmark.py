@@ -1,15 +1,18 @@
 """The benchmark's arithmetic and its run, with and without the torch peer."""
 
+import contextlib
 import importlib.util
+import types
 
 import jax
+import numpy as np
 import pytest
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff.models.registry import MODELS, forward_flops
 from jax_trustdiff.tasks import benchmark
 from jax_trustdiff.training.workdir import Workdir
-from jax_trustdiff.types import InputError
+from jax_trustdiff.types import InputError, RunError
 
 
 def measured(tmp_path, **settings):
@@ -33,14 +36,53 @@ def test_forward_flops_of_the_papers_network():
   assert forward_flops(network) / 2e9 == pytest.approx(5.25, rel=0.01)  # GMAC, Zagoruyko and Komodakis (2016)
 
 
-def test_peak_is_known_for_accelerators_only(monkeypatch):
-  assert benchmark.peak_flops() is None
+def test_peak_is_that_of_the_whole_name(monkeypatch):
+  assert benchmark.peak_flops() is None  # a CPU
+  for kind, peak in {
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": None,
+    "Tesla T4": None,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+  }.items():
+    monkeypatch.setattr(jax, "devices", lambda kind=kind: [types.SimpleNamespace(device_kind=kind)])
+    assert benchmark.peak_flops() == peak, kind
 
-  class Device:
-    device_kind = "NVIDIA H200"
 
-  monkeypatch.setattr(jax, "devices", lambda: [Device()])
-  assert benchmark.peak_flops() == 989e12
+def test_mfu_is_that_of_one_device(monkeypatch):
+  monkeypatch.setattr(benchmark, "peak_flops", lambda: 1e12)
+  monkeypatch.setattr(jax, "device_count", lambda: 4)
+  network = MODELS["wide_resnet"](depth=10, width=1)
+  found = benchmark._figures("x", network, "pgd_at", 8, 2, 5, [(1.0, np.nan)] * 3)
+  assert found["x/images_per_second"] == 40
+  assert found["x/mfu"] == pytest.approx(forward_flops(network) * (2 * 2 + 3) * 40 / 1e12)
+  assert "x/ratio" not in found
+
+
+def test_ratios_are_plotted_as_numbers(tmp_path, monkeypatch):
+  drawn = {}
+  monkeypatch.setattr(
+    benchmark.report, "bars", lambda groups, path, **settings: drawn.update(settings, groups=groups)
+  )
+  monkeypatch.setattr(benchmark, "_our_step", lambda *_: lambda count: 1.35 * count)
+  monkeypatch.setattr(benchmark, "_peer", lambda *_: contextlib.nullcontext(lambda count: 1.0 * count))
+  measured(tmp_path, cliff=False)
+  assert (
+    drawn["groups"] == {f"{step}2": {"ours / peer": 1.35} for step in ("pgd_at", "trades")}
+    and drawn["percent"] is False
+  )
+
+
+@pytest.mark.parametrize("answer", ["", """read line; echo '{"ready": "x", "parameters": 1}'"""])
+def test_a_dying_peer_is_a_failed_run(tmp_path, answer):
+  peer = tmp_path / "python"
+  peer.write_text(f"#!/bin/sh\n{answer}\nexit 3\n")
+  peer.chmod(0o755)
+  with pytest.raises(RunError, match="ended with code 3"), benchmark._peer(str(peer), {}):
+    pass
 
 
 @pytest.mark.slow

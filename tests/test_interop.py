@@ -13,6 +13,7 @@ import pytest
 
 import jax_trustdiff
 from jax_trustdiff.interop import export, safetensors_io
+from jax_trustdiff.interop.pretrained import load_variables, save_torch
 from jax_trustdiff.interop.torch_names import from_torch, to_torch
 from jax_trustdiff.interop.torch_reader import read_torch
 from jax_trustdiff.models import MODELS
@@ -92,6 +93,22 @@ def test_a_name_that_would_not_come_back_is_refused():
     safetensors_io.flatten({"a.b": np.zeros(1)})
 
 
+@pytest.mark.parametrize("names", [("a", "a.b"), ("a.b", "a"), ("a.b.c", "a.b")])
+def test_an_array_inside_an_array_is_one_clear_line(tmp_path, names):
+  safetensors_io.save_flat(tmp_path / "x.safetensors", {name: np.zeros(2) for name in names})
+  with pytest.raises(InputError, match=rf"x.safetensors: '{min(names)}' is an array") as caught:
+    safetensors_io.load(tmp_path / "x.safetensors")
+  assert "truncated" not in str(caught.value)
+  with pytest.raises(InputError, match="would be inside it"):
+    safetensors_io.unflatten({name: np.zeros(2) for name in names})
+
+
+def test_extras_of_an_export_cannot_replace_its_description(tmp_path):
+  with pytest.raises(InputError, match="extra holds format, model"):
+    export.save_export(tmp_path, SECTION, random_variables(network_of()), {"model": {}, "format": 2})
+  assert not any(tmp_path.iterdir())
+
+
 def _damage(directory, how):
   arrays, description = directory / "model.safetensors", directory / "model.json"
   meta = json.loads(description.read_text())
@@ -162,6 +179,52 @@ def test_state_dicts_go_both_ways(section):
     assert_equal_trees(from_torch(network, {"model_state_dict": renamed}), variables)
 
 
+# Written by hand from the names that the reference's code prints; the tables of torch_names are not used.
+NAMES = {
+  "wide_resnet": {
+    "init_conv.weight": "params conv kernel",
+    "layer.0.block.0.batchnorm_0.weight": "params group0_block0 norm0 scale",
+    "layer.0.block.1.batchnorm_0.running_mean": "batch_stats group0_block1 norm0 mean",
+    "layer.1.block.0.conv_0.weight": "params group1_block0 conv0 kernel",
+    "layer.1.block.1.conv_1.weight": "params group1_block1 conv1 kernel",
+    "layer.2.block.0.batchnorm_1.bias": "params group2_block0 norm1 bias",
+    "layer.2.block.1.batchnorm_1.running_var": "batch_stats group2_block1 norm1 var",
+    "layer.2.block.0.shortcut.weight": "params group2_block0 shortcut kernel",
+    "batchnorm.weight": "params norm scale",
+    "batchnorm.running_var": "batch_stats norm var",
+    "logits.weight": "params logits kernel",
+    "logits.bias": "params logits bias",
+  },
+  "preact_resnet": {
+    "conv_2d.weight": "params conv kernel",
+    "layer_0.0.batchnorm_0.weight": "params group0_block0 norm0 scale",
+    "layer_0.1.conv_2d_1.weight": "params group0_block1 conv0 kernel",
+    "layer_2.1.conv_2d_2.weight": "params group2_block1 conv1 kernel",
+    "layer_3.0.batchnorm_1.bias": "params group3_block0 norm1 bias",
+    "layer_3.1.batchnorm_1.running_mean": "batch_stats group3_block1 norm1 mean",
+    "layer_1.0.shortcut.weight": "params group1_block0 shortcut kernel",
+    "batchnorm.bias": "params norm bias",
+    "batchnorm.running_mean": "batch_stats norm mean",
+    "logits.weight": "params logits kernel",
+    "logits.bias": "params logits bias",
+  },
+}
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("section", NETWORKS[:2])
+def test_names_and_layouts_are_the_references(section):
+  variables = random_variables(network_of(section))
+  state_dict = to_torch(network_of(section), variables)
+  for name, path in NAMES[section["name"]].items():
+    ours = variables
+    for part in path.split():
+      ours = ours[part]
+    np.testing.assert_array_equal(
+      state_dict[name], ours.transpose(3, 2, 0, 1) if ours.ndim == 4 else ours.T, name
+    )
+
+
 def test_the_layout_of_a_convolution_and_of_a_linear_layer():
   network = network_of()
   variables = random_variables(network)
@@ -193,42 +256,121 @@ def test_stored_normalisation_must_be_that_of_the_network():
     from_torch(network, {**state_dict, "mean": np.full((1, 1, 1), 0.25)})
 
 
-def torch_wide_resnet(torch, depth, width, state_dict):
-  """A torch function of an NCHW batch with the structure of WRN-depth-width, weights by name."""
-  F = torch.nn.functional
-  weights = {name: torch.from_numpy(value) for name, value in state_dict.items()}
-
-  def norm(x, name):
-    stats = [weights[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
-    return F.silu(F.batch_norm(x, *stats, eps=1e-5))
-
-  def conv(x, name, stride=1):
-    weight = weights[f"{name}.weight"]
-    if weight.shape[2] == 3:
-      x = F.pad(x, (1, 1, 1, 1) if stride == 1 else (0, 1, 0, 1))
-    return F.conv2d(x, weight, stride=stride)
-
-  def apply(x):
-    x = conv(x, "init_conv")
-    for i in range(3):
-      for j in range((depth - 4) // 6):
-        name, stride = f"layer.{i}.block.{j}", 2 if i > 0 and j == 0 else 1
-        activated = norm(x, f"{name}.batchnorm_0")
-        h = conv(norm(conv(activated, f"{name}.conv_0", stride), f"{name}.batchnorm_1"), f"{name}.conv_1")
-        x = h + (conv(activated, f"{name}.shortcut", stride) if f"{name}.shortcut.weight" in weights else x)
-    return F.linear(norm(x, "batchnorm").mean((2, 3)), weights["logits.weight"], weights["logits.bias"])
-
-  return apply
-
-
-def test_an_exported_network_gives_the_same_logits_in_torch():
+def torch_net(section):
+  """The torch module that `section` describes, with random values, in evaluation mode."""
   torch = pytest.importorskip("torch", reason="torch is not installed")
-  network = MODELS["wide_resnet"](depth=16, width=1, image_shape=(16, 16, 3))
-  variables = jax.jit(network.init)(jax.random.key(0))
+  import torch_nets
+
+  if section["name"] == "wide_resnet":
+    net = torch_nets.WideResNet(section["depth"], section["width"], 3)
+  else:
+    net = torch_nets.PreActResNet({18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[section["depth"]], section["width"], 3)
+  torch.manual_seed(0)
+  for module in net.modules():
+    if isinstance(module, torch.nn.BatchNorm2d):
+      for value in (module.weight, module.bias, module.running_mean, module.running_var):
+        torch.nn.init.uniform_(value, 0.1, 1.0)
+  return net.eval()
+
+
+def logits_of_both(net, network, variables):
+  import torch
+
   x = np.random.RandomState(0).rand(2, 16, 16, 3).astype(np.float32)
-  apply = torch_wide_resnet(torch, 16, 1, to_torch(network, variables))
-  found = apply(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
-  np.testing.assert_allclose(found, jax.jit(network.logits)(variables, x), rtol=1e-4, atol=1e-5)
+  with torch.no_grad():
+    theirs = net(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
+  return theirs, jax.jit(network.logits)(variables, x)
+
+
+TORCH_NETWORKS = [
+  {"name": "wide_resnet", "depth": 16, "width": 1, "image_shape": (16, 16, 3)},
+  {"name": "preact_resnet", "depth": 34, "width": 4, "image_shape": (16, 16, 3)},
+]
+
+
+@pytest.mark.parametrize("section", TORCH_NETWORKS)
+@pytest.mark.parametrize("ending", ["pt", "pth", "safetensors"])
+def test_a_torch_file_is_loaded_as_the_same_network(tmp_path, section, ending):
+  net, network = torch_net(section), network_of(section)
+  import torch
+
+  if ending == "safetensors":
+    from safetensors.torch import save_file
+
+    save_file(net.state_dict(), tmp_path / "x.safetensors")
+  else:
+    wrapped = {"pt": net.state_dict(), "pth": {"model": torch.nn.DataParallel(net).state_dict(), "epoch": 3}}[
+      ending
+    ]
+    torch.save(wrapped, tmp_path / f"x.{ending}")
+  variables, stored = load_variables(tmp_path / f"x.{ending}", network)
+  assert stored is None
+  np.testing.assert_allclose(*logits_of_both(net, network, variables), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("section", TORCH_NETWORKS)
+def test_a_saved_network_gives_the_same_logits_in_torch(tmp_path, section):
+  net, network = torch_net(section), network_of(section)
+  from safetensors.torch import load_file
+
+  variables = jax.tree.map(
+    lambda fresh, drawn: fresh if fresh.ndim > 1 else drawn,  # kernels as initialised, or the logits overflow
+    jax.jit(network.init)(jax.random.key(0)),
+    random_variables(network),
+  )
+  save_torch(tmp_path / "x.safetensors", network, variables)
+  net.load_state_dict(load_file(tmp_path / "x.safetensors"), strict=True)
+  np.testing.assert_allclose(*logits_of_both(net, network, variables), rtol=1e-3, atol=1e-3)
+
+
+# --------------------------------------------------------------------------- variables to start a training from
+
+
+@pytest.mark.floor
+def test_variables_come_from_an_export_of_the_same_network(tmp_path):
+  variables = random_variables(network_of())
+  export.save_export(tmp_path, {**SECTION, "dtype": "bfloat16", "remat": True, "bn_groups": 4}, variables)
+  found, stored = load_variables(tmp_path, network_of())
+  assert_equal_trees(found, variables)
+  assert stored["dtype"] == "bfloat16" and stored["depth"] == 10
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"activation": "relu"}, "activation is 'swish' there, 'relu' here$"),
+    ({"mean": (0.4,), "std": (2.0,)}, r"mean is \(0.5,\) there, \(0.4,\) here; std is"),
+    ({"width": 2}, "width is 1 there, 2 here$"),
+    ({"name": "preact_resnet", "depth": 18}, "WideResNet there, PreActResNet here$"),
+  ],
+)
+def test_an_export_of_another_network_is_refused_by_its_keys(tmp_path, changes, message):
+  export.save_export(tmp_path, SECTION, random_variables(network_of()))
+  with pytest.raises(InputError, match=message):
+    load_variables(tmp_path, network_of({**SECTION, **changes}))
+
+
+def test_variables_that_cannot_be_loaded_are_one_clear_line(tmp_path):
+  network = network_of()
+  export.save_export(tmp_path / "export", SECTION, random_variables(network))
+  safetensors_io.save(tmp_path / "ours.safetensors", random_variables(network))
+  safetensors_io.save(tmp_path / "other.safetensors", {"fc": {"weight": np.zeros((2, 2))}})
+  write_checkpoint(tmp_path / "list.pt", pickle.dumps([1, 2], 2))
+  write_checkpoint(tmp_path / "epoch.pt", pickle.dumps({"epoch": 3, "net": {"a": [1, [2]]}}, 2))
+  for name, message in {
+    "absent": "absent: expected the folder of an export, or a file with one of the endings .pt, .pth, .safetensors",
+    "absent.pt": "no such file",
+    "export/model.safetensors": "give the folder",
+    "ours.safetensors": "ours.safetensors: the state_dict does not fit",
+    "other.safetensors": "left over: fc.weight",
+    "list.pt": "list.pt: expected a state_dict",
+    "epoch.pt": r"left over: epoch \(\), net",
+  }.items():
+    with pytest.raises(InputError, match=message) as caught:
+      load_variables(tmp_path / name, network)
+    assert "\n" not in str(caught.value), name
+  with pytest.raises(InputError, match="a .safetensors file"):
+    save_torch(tmp_path / "x.pt", network, random_variables(network))
 
 
 # --------------------------------------------------------------------------------- the safe pickle reader

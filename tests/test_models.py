@@ -36,6 +36,9 @@ def fresh(network):
     ("wide_resnet", {"depth": 10, "width": 2}, 0.303706),
     ("preact_resnet", {"shortcut": "3x3"}, 12.548426),
     ("preact_resnet", {"shortcut": "1x1", "activation": "relu"}, 11.172170),
+    # 34 has 1, 2, 4 and 1 more blocks than 18, each of 18 c^2 + 4 c values, with c = 64, 128, 256, 512 channels.
+    ("preact_resnet", {"depth": 34}, 12.548426 + 10.108160),
+    ("preact_resnet", {"depth": 34, "shortcut": "1x1", "activation": "relu"}, 11.172170 + 10.108160),
   ],
 )
 def test_parameter_counts(name, arguments, millions):
@@ -102,8 +105,23 @@ def test_a_network_keeps_the_contract_of_a_classifier(name):
   assert float(jnp.abs(train_logits - exact).max()) < 0.1 * float(jnp.abs(exact).max())
 
 
-def test_rematerialisation_changes_no_value():
-  variables = fresh(tiny())
+@pytest.mark.parametrize("name", MODELS)
+def test_groups_of_batch_normalisation_are_batches_of_their_own(name):
+  network = tiny(name)
+  variables = fresh(network)
+  x = jax.random.uniform(jax.random.key(1), (6, 8, 8, 1)) * jnp.arange(1, 7)[:, None, None, None]
+  logits, moments = jax.jit(tiny(name, bn_groups=2).train_logits)(variables, x)
+  apart = [jax.jit(network.train_logits)(variables, half) for half in (x[:3], x[3:])]
+  np.testing.assert_allclose(logits, jnp.concatenate([z for z, _ in apart]), rtol=1e-3, atol=1e-4)
+  mean = jax.tree.map(lambda a, b: (a + b) / 2, *[m for _, m in apart])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), moments, mean)
+  together, _ = jax.jit(network.train_logits)(variables, x)
+  assert float(jnp.abs(together - logits).max()) > 0.01
+
+
+@pytest.mark.parametrize("name", ["wide_resnet", pytest.param("preact_resnet", marks=pytest.mark.slow)])
+def test_rematerialisation_changes_no_value(name):
+  variables = fresh(tiny(name))
   x = jax.random.uniform(jax.random.key(1), (4, 8, 8, 1))
 
   def gradients(network):
@@ -113,7 +131,7 @@ def test_rematerialisation_changes_no_value():
 
     return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
 
-  again, plain = gradients(tiny(remat=True)), gradients(tiny())
+  again, plain = gradients(tiny(name, remat=True)), gradients(tiny(name))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), again, plain)
 
 

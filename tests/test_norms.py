@@ -78,7 +78,7 @@ def test_l1_projection_of_a_whole_image_spends_exactly_the_radius(radius):
     low, high = np.where(total > radius, theta, low), np.where(total > radius, high, theta)
   expected = mid + np.sign(delta) * np.clip(np.abs(delta) - high, 0, np.minimum(np.abs(delta), room))
   np.testing.assert_allclose(got, expected, atol=1e-5)
-  np.testing.assert_allclose(norms.size(got - center, "l1"), radius, rtol=1e-5)
+  np.testing.assert_allclose(norms.lengths(got - center, "l1"), radius, rtol=1e-5)
 
 
 @pytest.mark.floor
@@ -105,7 +105,7 @@ def test_projection_stays_in_ball_and_cube_and_leaves_inner_points_alone(norm):
     got = project(x, center, radius, norm)
     assert got.dtype == jnp.float32
     assert (got >= 0).all() and (got <= 1).all()
-    assert (norms.size(got - center, norm) <= radius * (1 + 1e-5) + 1e-6).all()
+    assert (norms.lengths(got - center, norm) <= radius * (1 + 1e-5) + 1e-6).all()
     np.testing.assert_allclose(project(got, center, radius, norm), got, atol=2e-6)
   np.testing.assert_array_equal(project(x, center, 0.0, norm), center)
   traced = jax.jit(norms.project, static_argnames="norm")(x, center, 0.03, norm=norm)
@@ -114,28 +114,46 @@ def test_projection_stays_in_ball_and_cube_and_leaves_inner_points_alone(norm):
 
 @pytest.mark.floor
 @pytest.mark.parametrize("norm", norms.NORMS)
-def test_ascend_reaches_the_dual_norm(norm):
+def test_a_step_reaches_the_dual_norm(norm):
   """max <g, d> over the unit ball is the dual norm of g."""
   gradient = jax.random.normal(jax.random.key(6), (8, 4, 4, 3))
-  step = norms.ascend(gradient, norm, fraction=0.0)
-  np.testing.assert_allclose(norms.size(step, norm), 1, rtol=1e-6)
-  np.testing.assert_allclose((step * gradient).sum((1, 2, 3)), norms.size(gradient, DUAL[norm]), rtol=1e-6)
-  np.testing.assert_array_equal(norms.ascend(jnp.zeros_like(gradient), norm), 0)
+  if norm == "l1":  # from the middle of the cube, where no wall is near
+    step = 4 * (norms.l1_step(jnp.full_like(gradient, 0.5), gradient, 0.25, fraction=0.0) - 0.5)
+    np.testing.assert_array_equal(norms.l1_step(gradient, jnp.zeros_like(gradient), 0.25), gradient)
+  else:
+    step = norms.ascend(gradient, norm)
+    np.testing.assert_array_equal(norms.ascend(jnp.zeros_like(gradient), norm), 0)
+  np.testing.assert_allclose(norms.lengths(step, norm), 1, rtol=1e-6)
+  np.testing.assert_allclose((step * gradient).sum((1, 2, 3)), norms.lengths(gradient, DUAL[norm]), rtol=1e-6)
 
 
-def test_ascend_l1_takes_equal_steps_on_the_largest_gradients():
+def test_ascend_has_no_l1():
+  with pytest.raises(InputError, match="'l1'; the choices are linf, l2"):
+    norms.ascend(images(0), "l1")
+
+
+def test_l1_step_takes_equal_steps_on_the_largest_gradients():
   gradient = jax.random.normal(jax.random.key(7), (3, 10, 10, 1))
-  step = np.array(norms.ascend(gradient, "l1", fraction=0.1)).reshape(3, -1)
+  step = np.array(norms.l1_step(jnp.full_like(gradient, 0.5), gradient, 1.0, fraction=0.1) - 0.5).reshape(
+    3, -1
+  )
   order = np.argsort(-np.abs(np.array(gradient).reshape(3, -1)), axis=1)
   for row, pixels, g in zip(step, order, np.array(gradient).reshape(3, -1), strict=True):
-    np.testing.assert_allclose(row[pixels[:10]], np.sign(g[pixels[:10]]) / 10, rtol=1e-6)
+    np.testing.assert_allclose(row[pixels[:10]], np.sign(g[pixels[:10]]) / 10, rtol=1e-5)
     np.testing.assert_allclose(row[pixels[10:]], 0, atol=1e-7)
+
+
+def test_what_a_wall_stops_in_an_l1_step_goes_to_the_next_pixels():
+  x = jnp.array([0.95, 0.3, 1.0, 0.5]).reshape(1, 2, 2, 1)
+  gradient = jnp.array([4.0, -2.0, 5.0, 1.0]).reshape(1, 2, 2, 1)
+  got = norms.l1_step(x, gradient, 0.2, fraction=0.0)
+  np.testing.assert_allclose(got.ravel(), [1.0, 0.15, 1.0, 0.5], atol=1e-6)
 
 
 def test_ascend_l2_is_short_below_its_floor():
   gradient = jnp.full((1, 2, 2, 1), 1e-8)
-  np.testing.assert_allclose(norms.size(norms.ascend(gradient, "l2"), "l2"), 1, rtol=1e-6)
-  np.testing.assert_allclose(norms.size(norms.ascend(gradient, "l2", floor=1e-6), "l2"), 0.02, rtol=1e-5)
+  np.testing.assert_allclose(norms.lengths(norms.ascend(gradient, "l2"), "l2"), 1, rtol=1e-6)
+  np.testing.assert_allclose(norms.lengths(norms.ascend(gradient, "l2", floor=1e-6), "l2"), 0.02, rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm", norms.NORMS)
@@ -143,7 +161,7 @@ def test_random_starts_fill_the_ball_and_follow_their_keys(norm):
   x = images(8, b=64)
   radius = {"linf": 0.1, "l2": 0.5, "l1": 2.0}[norm]
   start = norms.random_start(jax.random.key(9), x, radius, norm)
-  sizes = norms.size(start - x, norm)
+  sizes = norms.lengths(start - x, norm)
   assert (sizes <= radius * (1 + 1e-5)).all() and (sizes > 0.9 * radius).all()
   assert (start >= 0).all() and (start <= 1).all()
   twins = norms.random_start(jax.random.key(9), jnp.full((16, 4, 4, 3), 0.5), radius, norm)

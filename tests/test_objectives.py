@@ -170,7 +170,7 @@ def test_attacks_stay_in_ball_and_cube_and_do_not_depend_on_the_batch_keys_of_ot
   keys = jax.random.split(jax.random.key(4), 6)
   x_adv = attack(objective, VARIABLES, keys)
   assert (x_adv >= 0).all() and (x_adv <= 1).all()
-  sizes = norms.size(x_adv - X, norm)
+  sizes = norms.lengths(x_adv - X, norm)
   assert (sizes <= radius * (1 + 1e-5)).all() and (sizes > 0.1 * radius).all()
   other = attack(objective, VARIABLES, keys.at[5].set(jax.random.key(99)))
   if name != "trades":  # its batch statistics couple the images
@@ -183,7 +183,7 @@ def test_l2_attack_leaves_a_flat_point(name):
   """A network without any gradient: the step is noise, and the result is on the sphere."""
   flat = {**VARIABLES, "params": {"kernel": jnp.zeros_like(VARIABLES["params"]["kernel"])}}
   x_adv = attack(OBJECTIVES[name](norm="l2", radius=0.3, num_steps=2), flat, jax.random.key(5))
-  sizes = norms.size(x_adv - X, "l2")
+  sizes = norms.lengths(x_adv - X, "l2")
   assert (sizes > 0.05).all() and (sizes <= 0.3 * (1 + 1e-5)).all()
 
 
@@ -226,6 +226,9 @@ def test_running_statistics_move_in_the_order_of_the_passes():
     ("trades", {"beta": -1.0}, "beta is -1.0; it must be at least 0"),
     ("standard", {"label_smoothing": 1.5}, "label_smoothing is 1.5; it must be from 0 to 1"),
     ("mart", {"num_steps": -2}, "num_steps is -2"),
+    ("mart", {"radius": float("inf")}, "radius is inf; it must be at least 0 and finite"),
+    ("trades", {"beta": float("inf")}, "beta is inf"),
+    ("trades", {"step_size": float("nan")}, "step_size is nan"),
   ],
 )
 def test_bad_fields_are_one_clear_line(name, fields, message):

@@ -81,7 +81,7 @@ def test_result_is_in_ball_and_cube_for_any_steps(norm, radius):
     x_adv = run(PGD(norm, radius, 3 * radius, num_steps), bumpy, x, y, jax.random.key(2))
     assert x_adv.dtype == jnp.float32
     assert (x_adv >= 0).all() and (x_adv <= 1).all()
-    assert (norms.size(x_adv - x, norm) <= radius * (1 + 1e-5) + 1e-6).all()
+    assert (norms.lengths(x_adv - x, norm) <= radius * (1 + 1e-5) + 1e-6).all()
   unmoved = run(PGD(norm, 0.0, 0.1, 3), bumpy, x, y, jax.random.key(2))
   np.testing.assert_allclose(unmoved, x, atol=1e-6)
 
@@ -90,14 +90,14 @@ def test_more_restarts_never_do_worse():
   x = jax.random.uniform(jax.random.key(3), (64, *SHAPE))
   y = bumpy(x).argmax(1)
   key = jax.random.key(4)
-  fooled, height = [], []
+  fooled, reached = [], []
   for restarts in (1, 6):
     x_adv = run(PGD("linf", 0.02, 0.005, 1, "ce", restarts), bumpy, x, y, key)
     fooled.append(np.array(bumpy(x_adv).argmax(1) != y))
-    height.append(np.array(losses.ce(bumpy(x_adv), y)))
+    reached.append(np.array(losses.ce(bumpy(x_adv), y)))
   assert (fooled[1] | ~fooled[0]).all()
   same = fooled[1] == fooled[0]
-  assert (height[1] >= height[0] - 1e-4)[same].all()
+  assert (reached[1] >= reached[0] - 1e-4)[same].all()
   assert fooled[1].sum() > fooled[0].sum()
 
 
@@ -151,6 +151,19 @@ def test_the_l2_step_order_box_then_ball():
   np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
+def test_an_l1_start_outside_of_the_cube_is_projected_first():
+  rng = np.random.default_rng(4)
+  x = rng.uniform(0, 1, (6, *SHAPE)).astype(np.float32)
+  y = rng.integers(0, 2, 6)
+  start = jnp.asarray(x + rng.normal(0, 3, x.shape), jnp.float32)
+  attack = PGD("l1", 0.8, 0.1, 1)
+  got = run(attack, linear, x, y, jax.random.key(0), start)
+  inside = norms.project(start, jnp.asarray(x), 0.8, "l1")
+  gradient = jnp.asarray(np.where(y == 1, -1, 1)[:, None] * W).reshape(x.shape)
+  expected = norms.project(norms.l1_step(inside, gradient, 0.1), jnp.asarray(x), 0.8, "l1")
+  np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
 def test_margin_gradient_is_zero_once_misclassified():
   z = jnp.array([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.0, 1.0, 0.0]])
   y = jnp.array([0, 0, 0])
@@ -184,7 +197,9 @@ def test_losses_against_values_by_hand():
   [
     ({"norm": "inf"}, "choices are linf, l2, l1"),
     ({"loss": "cw"}, "choices are ce, margin, margin_unclipped, dlr"),
-    ({"radius": -0.1}, "radius is -0.1"),
+    ({"radius": -0.1}, "radius is -0.1; it must be at least 0 and finite"),
+    ({"step_size": float("inf")}, "step_size is inf"),
+    ({"radius": float("nan")}, "radius is nan"),
     ({"num_steps": -1}, "num_steps is -1"),
     ({"restarts": 0}, "restarts is 0"),
     ({"restarts": 2, "random_start": False}, "every run would be the same"),
@@ -217,6 +232,6 @@ def test_evaluation_attack_agrees_with_the_reference(name, loss):
   robust = np.array(logits_fn(x_adv).argmax(1) == y)
   assert (robust != golden[f"{name}_robust"]).sum() <= 1
   np.testing.assert_allclose(gap, golden[f"{name}_margin"], atol=0.02)
-  np.testing.assert_allclose(norms.size(x_adv - x, "linf"), golden[f"{name}_norm"], atol=1e-6)
+  np.testing.assert_allclose(norms.lengths(x_adv - x, "linf"), golden[f"{name}_norm"], atol=1e-6)
   same = np.abs(x_adv[:4].transpose(0, 3, 1, 2) - golden[f"{name}_x_adv_first4"]) < 1e-4
   assert same.mean() > 0.99

@@ -131,6 +131,8 @@ def test_an_export_of_another_network_is_refused(tmp_path, change):
   network, _, _ = built(config)
   variables = jax.device_get(jax.jit(network.init)(jax.random.key(1)))
   export.save_export(tmp_path / "export", classifiers.model_section(config, network), variables)
-  other = config_lib.load(SMOKE, {"init_from": str(tmp_path / "export")} | {f"model.{k}": v for k, v in change.items()})
+  other = config_lib.load(
+    SMOKE, {"init_from": str(tmp_path / "export")} | {f"model.{k}": v for k, v in change.items()}
+  )
   with pytest.raises(InputError, match=next(iter(change))):
     classifiers.initial_variables(other, dataclasses.replace(network, **change))

@@ -21,9 +21,9 @@ def ce(logits: Logits, y: Labels) -> PerExample:
 
 
 def margin(logits: Logits, y: Labels, clip: bool = True) -> PerExample:
-  """-max(z_y - max_{j != y} z_j, 0), the margin loss of Carlini and Wagner (2017), at most 0.
+  """-max(z_y - max_{j != y} z_j, 0), at most 0.
 
-  It is 0, and so is its gradient, once the example is misclassified: ascent stops there. At a margin of exactly 0
+  The objective f_6 of Carlini and Wagner (2017) for an attack without a target, negated because it is maximised. It is 0, and so is its gradient, once the example is misclassified: ascent stops there. At a margin of exactly 0
   the gradient is still that of the margin. With clip=False the loss goes on rising above 0.
   """
   gap = _gap(_full_precision(logits), y)
@@ -49,7 +49,10 @@ def dlr(logits: Logits, y: Labels) -> PerExample:
 
 
 def kl(p_logits: Logits, q_logits: Logits) -> PerExample:
-  """KL(softmax p || softmax q) in nats, with gradients through both."""
+  """KL(p || q) = sum_k p_k log(p_k / q_k) in nats, at least 0, with p and q the softmax of the logits.
+
+  Gradients flow through both. The regulariser of TRADES (Zhang et al. 2019, eq. 5).
+  """
   log_p = jax.nn.log_softmax(_full_precision(p_logits))
   log_q = jax.nn.log_softmax(_full_precision(q_logits))
   return (jnp.exp(log_p) * (log_p - log_q)).sum(axis=1)

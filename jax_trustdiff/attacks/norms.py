@@ -1,20 +1,20 @@
-"""Balls, starts and steepest-ascent steps in the Linf, L2 and L1 norms of an image.
+"""Balls, starts and steepest-ascent steps in the Linf, L2 and L1 norms of an image, and checks of settings.
 
 Everything works on one image at a time: a norm is taken over height, width and channels. `radius` is in
 [0, 1] pixel units (8/255 for CIFAR-10 in Linf) and may be a traced scalar. Float32 at least.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_trustdiff.types import InputError, KeyOrKeys, PerExample, Unit
+from jax_trustdiff.types import Image, InputError, KeyOrKeys, PerExample, Unit
 
 NORMS = ("linf", "l2", "l1")
 Scalar = float | int | Float[Array, ""]
-Image = Float[Array, "b h w c"]
 
 
 def check_norm(norm: str, choices: tuple[str, ...] = NORMS) -> str:
@@ -24,8 +24,18 @@ def check_norm(norm: str, choices: tuple[str, ...] = NORMS) -> str:
   return norm
 
 
-def size(delta: Image, norm: str) -> PerExample:
-  """The norm of each image of `delta`."""
+def check_range(what: str, value: Scalar | None, low: float = 0, high: float = math.inf):
+  """InputError, which names it by `what`, if a number is not finite or not from `low` to `high`.
+
+  None, and a traced or array value, which has no number yet, are not looked at.
+  """
+  if isinstance(value, float | int) and not (low <= value <= high and math.isfinite(value)):
+    wanted = f"at least {low} and finite" if high == math.inf else f"from {low} to {high}"
+    raise InputError(f"{what} is {value}; it must be {wanted}")
+
+
+def lengths(delta: Image, norm: str) -> PerExample:
+  """||delta_i|| of each image i in `norm`."""
   check_norm(norm)
   magnitude = jnp.abs(_flat(delta))
   if norm == "linf":
@@ -50,7 +60,7 @@ def project(x: Image, center: Unit, radius: Scalar, norm: str) -> Unit:
     return jnp.clip(jnp.clip(x, center - radius, center + radius), 0, 1)
   if norm == "l2":
     delta = x - center
-    shrink = jnp.minimum(1, radius / jnp.maximum(size(delta, "l2"), 1e-12))
+    shrink = jnp.minimum(1, radius / jnp.maximum(lengths(delta, "l2"), 1e-12))
     return jnp.clip(center + delta * _per_image(shrink), 0, 1)
   return _project_l1(x, center, radius)
 
@@ -71,29 +81,36 @@ def random_start(key: KeyOrKeys, x: Unit, radius: Scalar, norm: str) -> Unit:
   return project(x + normal_like(key, x), x, radius, norm)
 
 
-def ascend(gradient: Image, norm: str, *, floor: Scalar = 1e-12, fraction: float = 0.01) -> Image:
-  """The direction of unit `norm` in which a loss with this gradient rises fastest; 0 where the gradient is 0.
+def ascend(gradient: Image, norm: str, *, floor: Scalar = 1e-12) -> Image:
+  """The direction of unit length in 'linf' or 'l2' in which a loss with this gradient rises fastest.
 
-  'linf': the sign. 'l2': gradient / max(||gradient||_2, floor), shorter than 1 below the floor.
-  'l1': equal steps on the `fraction` of pixels with the largest gradients, at least one pixel; one alone is the
-  steepest step, more of them need fewer steps (SLIDE, Tramer and Boneh 2019, takes one per cent).
+  'linf': the sign. 'l2': gradient / max(||gradient||_2, floor), shorter than 1 below the floor. 0 where the gradient
+  is 0. For 'l1' see `l1_step`.
   """
-  check_norm(norm)
+  check_norm(norm, ("linf", "l2"))
   if norm == "linf":
     return jnp.sign(gradient)
-  if norm == "l2":
-    return gradient / _per_image(jnp.maximum(size(gradient, "l2"), floor))
-  return jnp.sign(gradient) * _spend(jnp.abs(gradient), jnp.ones_like(gradient), 1, fraction)
+  return gradient / _per_image(jnp.maximum(lengths(gradient, "l2"), floor))
 
 
 def l1_step(x: Unit, gradient: Image, step_size: Scalar, fraction: float = 0.01) -> Unit:
-  """`x` after an 'l1' step of length `step_size` inside the cube: what a wall stops goes to other pixels.
+  """`x`, a point of [0, 1], after a step of 'l1' length `step_size` (less if all is used up) that stays in [0, 1].
 
-  The steepest such step if `fraction` is one pixel. The steps of `ascend` end at walls: a pixel that stands at one
-  and has the largest gradient takes the whole step, for nothing.
+  Equal steps on the `fraction` of pixels with the largest gradients, at least one pixel, as in SLIDE (Tramer and Boneh
+  2019), which takes one per cent; one pixel alone is the steepest step, more of them need fewer steps. What a wall
+  stops goes to the pixels with the next largest gradients.
   """
+  shape, x = x.shape, _flat(x)
+  gradient = _flat(gradient)
+  share = step_size / max(1, round(fraction * x.shape[1]))
   room = jnp.where(gradient > 0, 1 - x, x)
-  return x + jnp.sign(gradient) * _spend(jnp.abs(gradient), room, step_size, fraction)
+  order = jnp.argsort(-jnp.abs(gradient), axis=1)
+  limit = jnp.where(gradient != 0, jnp.minimum(room, share), 0)
+  limit = jnp.take_along_axis(limit, order, axis=1)
+  before = jnp.cumsum(limit, axis=1) - limit
+  spent = jnp.clip(step_size - before, 0, limit)
+  spent = jnp.take_along_axis(spent, jnp.argsort(order, axis=1), axis=1)
+  return (x + jnp.sign(gradient) * spent).reshape(shape)
 
 
 def uniform_like(key: KeyOrKeys, x: Image, low: Scalar, high: Scalar) -> Image:
@@ -128,18 +145,6 @@ def _flat(x: Image) -> Float[Array, "b d"]:
 
 def _per_image(value: PerExample) -> Float[Array, "b 1 1 1"]:
   return value[:, None, None, None]
-
-
-def _spend(worth: Image, room: Image, length: Scalar, fraction: float) -> Image:
-  """How far each pixel goes: in the order of `worth`, within `room` and an equal share, `length` in total."""
-  shape, worth, room = worth.shape, _flat(worth), _flat(room)
-  count = max(1, round(fraction * worth.shape[1]))
-  order = jnp.argsort(-worth, axis=1)
-  limit = jnp.where(worth > 0, jnp.minimum(room, length / count), 0)
-  limit = jnp.take_along_axis(limit, order, axis=1)
-  before = jnp.cumsum(limit, axis=1) - limit
-  spent = jnp.clip(length - before, 0, limit)
-  return jnp.take_along_axis(spent, jnp.argsort(order, axis=1), axis=1).reshape(shape)
 
 
 def _project_l1(x: Image, center: Unit, radius: Scalar) -> Unit:

@@ -1,17 +1,18 @@
-"""Projected gradient ascent on a loss of the input (Madry et al. 2018), with restarts; FGSM is one step of it."""
+"""Projected gradient ascent on a loss of the input, with restarts; FGSM is one step of it.
+
+PGD (Madry et al. 2018, section 2.1) is x_{t+1} = P(x_t + step_size * sign(gradient of the loss at x_t)), with P the
+projection on the ball around x; in other norms the sign gives way to the steepest direction of that norm.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from jax_trustdiff.attacks import norms
 from jax_trustdiff.attacks.losses import LOSSES
-from jax_trustdiff.types import InputError, KeyOrKeys, Labels, LogitsFn, Unit
-
-Image = Float[Array, "b h w c"]
+from jax_trustdiff.types import Image, InputError, KeyOrKeys, Labels, LogitsFn, Unit
 
 
 def maximize(
@@ -47,7 +48,10 @@ def maximize(
 class PGD:
   """An attack: x_adv in [0, 1] and in the ball around x, after `num_steps` steps of ascent on `loss`.
 
-  norm: 'linf', 'l2' or 'l1'; radius and step_size in [0, 1] pixel units, lengths in that norm.
+  norm: 'linf', 'l2' or 'l1'; radius and step_size in [0, 1] pixel units, lengths in that norm. A step is
+  step_size * sign(gradient) in 'linf' and step_size * gradient / ||gradient||_2 in 'l2'. In 'l1' one per cent of the
+  pixels, those with the largest gradients, share the step equally, and what a wall stops goes on to the next pixels
+  (`norms.l1_step`).
   loss: a name in LOSSES. With 'margin' an example stops as soon as it is misclassified.
   random_start: from `norms.random_start`, otherwise from x.
   restarts: runs from different random starts. Of their last points, one that is misclassified is kept before
@@ -68,14 +72,8 @@ class PGD:
     norms.check_norm(self.norm)
     if self.loss not in LOSSES:
       raise InputError(f"attack loss is {self.loss!r}; the choices are {', '.join(LOSSES)}")
-    for name in ("radius", "step_size"):
-      value = getattr(self, name)
-      if isinstance(value, float | int) and not 0 <= value < float("inf"):
-        raise InputError(f"attack {name} is {value}; it must be a number of at least 0")
-    if self.num_steps < 0:
-      raise InputError(f"attack num_steps is {self.num_steps}; it must be at least 0")
-    if self.restarts < 1:
-      raise InputError(f"attack restarts is {self.restarts}; it must be at least 1")
+    for name, low in (("radius", 0), ("step_size", 0), ("num_steps", 0), ("restarts", 1)):
+      norms.check_range(f"attack {name}", getattr(self, name), low)
     if self.restarts > 1 and not self.random_start:
       raise InputError(
         f"attack restarts is {self.restarts} with random_start off: every run would be the same"
@@ -87,9 +85,13 @@ class PGD:
     """Adversarial images for `x` in float32.
 
     key: one for the batch, or one for each image, which makes the result for an image independent of the batch it
-    is in. start: where the first run begins, in place of a random start.
+    is in. start: where the first run begins, in place of a random start; it may lie outside of ball and cube, and for
+    'l1' is projected first.
     """
     x = norms.full_precision(x)
+    if start is not None:
+      start = norms.full_precision(start)
+      start = norms.project(start, x, self.radius, "l1") if self.norm == "l1" else start
     loss = LOSSES[self.loss]
 
     def run(restart):
@@ -97,7 +99,7 @@ class PGD:
       if self.random_start:
         begin = norms.random_start(norms.fold_in(key, restart), x, self.radius, self.norm)
       if start is not None:
-        begin = jnp.where(restart == 0, norms.full_precision(start), begin)
+        begin = jnp.where(restart == 0, start, begin)
       return maximize(
         lambda images: loss(logits_fn(images), y),
         x,
@@ -115,16 +117,16 @@ class PGD:
       best_x, best_fooled, best_loss = best
       x_adv = run(restart)
       logits = logits_fn(x_adv)
-      fooled, height = logits.argmax(axis=1) != y, loss(logits, y)
-      better = (fooled & ~best_fooled) | ((fooled == best_fooled) & (height > best_loss))
+      fooled, reached = logits.argmax(axis=1) != y, loss(logits, y)
+      better = (fooled & ~best_fooled) | ((fooled == best_fooled) & (reached > best_loss))
       return (
         jnp.where(better[:, None, None, None], x_adv, best_x),
         best_fooled | fooled,
-        jnp.where(better, height, best_loss),
+        jnp.where(better, reached, best_loss),
       )
 
-    height = jax.eval_shape(lambda: loss(logits_fn(x), y))
-    none_yet = (x, jnp.zeros(x.shape[0], bool), jnp.full(height.shape, -jnp.inf, height.dtype))
+    shape = jax.eval_shape(lambda: loss(logits_fn(x), y))
+    none_yet = (x, jnp.zeros(x.shape[0], bool), jnp.full(shape.shape, -jnp.inf, shape.dtype))
     return jax.lax.fori_loop(0, self.restarts, keep_better, none_yet)[0]
 
   def _move(self, x_adv, gradient):
@@ -134,7 +136,10 @@ class PGD:
 
 
 def fgsm(norm: str = "linf", radius: norms.Scalar = 8 / 255, loss: str = "ce") -> PGD:
-  """The fast gradient sign method (Goodfellow et al. 2015): one step of the length of the radius, from x."""
+  """The fast gradient sign method, x + radius * sign(gradient) clipped to [0, 1] (Goodfellow et al. 2015, section 4).
+
+  In another `norm` the one step from x has the length of the radius in it.
+  """
   return PGD(norm, radius, step_size=radius, num_steps=1, loss=loss, random_start=False)
 
 

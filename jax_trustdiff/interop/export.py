@@ -25,10 +25,16 @@ def save_export(
 ) -> None:
   """Writes `directory`/model.safetensors and model.json, each whole or not at all.
 
-  model: {'name': a name in MODELS, **the arguments it is built with}. extra: JSON kept beside it.
+  model: {'name': a name in MODELS, **the arguments it is built with}. extra: JSON kept beside it; InputError for
+  the keys 'format' and 'model', which are taken.
   """
   directory = pathlib.Path(directory)
-  meta = {"format": FORMAT, "model": dict(model), **(extra or {})}
+  meta = {"format": FORMAT, "model": dict(model)}
+  if taken := sorted(meta.keys() & (extra or {}).keys()):
+    raise InputError(
+      f"extra holds {', '.join(taken)}: these keys of {DESCRIPTION} are taken; choose other names"
+    )
+  meta |= extra or {}
   text = json.dumps(meta, indent=2) + "\n"
   safetensors_io.save(directory / ARRAYS, variables)
   safetensors_io.write_atomically(directory / DESCRIPTION, text.encode())

@@ -31,29 +31,45 @@ def flatten(tree: PyTree) -> dict[str, np.ndarray]:
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-  """The nested dict whose '.'-joined names are the keys of `flat`."""
+  """The nested dict whose '.'-joined names are the keys of `flat`; InputError if 'a' and 'a.b' are both there."""
   tree: dict[str, Any] = {}
   for name, value in flat.items():
     *parents, leaf = name.split(".")
     node = tree
-    for parent in parents:
+    for i, parent in enumerate(parents, 1):
+      if ".".join(parents[:i]) in flat:
+        raise InputError(f"{'.'.join(parents[:i])!r} is an array, and {name!r} would be inside it")
       node = node.setdefault(parent, {})
     node[leaf] = value
   return tree
 
 
-def save(path: str | pathlib.Path, tree: PyTree, metadata: dict[str, str] | None = None):
+def save(path: str | pathlib.Path, tree: PyTree):
   """Writes a nested dict of arrays; the file appears whole or not at all."""
-  write_atomically(path, safetensors_numpy.save(flatten(tree), metadata))
+  save_flat(path, flatten(tree))
+
+
+def save_flat(path: str | pathlib.Path, arrays: dict[str, np.ndarray]):
+  """Writes contiguous arrays by name; the file appears whole or not at all."""
+  write_atomically(path, safetensors_numpy.save(arrays))
 
 
 def load(path: str | pathlib.Path) -> dict[str, Any]:
   """The nested dict of numpy arrays in a file; InputError when it is missing, truncated or another format."""
+  flat = load_flat(path)
+  try:
+    return unflatten(flat)
+  except InputError as error:
+    raise InputError(f"{path}: {error}") from None
+
+
+def load_flat(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of a file by name; InputError when it is missing, truncated or another format."""
   path = pathlib.Path(path)
   if not path.is_file():
     raise InputError(f"{path}: no such file; expected a .safetensors file")
   try:
-    return unflatten(safetensors_numpy.load_file(path))
+    return safetensors_numpy.load_file(path)
   except (SafetensorError, OSError, ValueError) as error:
     raise InputError(f"{path}: not a safetensors file, or truncated ({error})") from None
 

@@ -1,7 +1,11 @@
-"""Variables of our networks <-> state_dicts of wzekai99/DM-Improves-AT and imrahulr/adversarial_robustness_pytorch.
+"""Variables of our networks <-> state_dicts of the swish networks of github.com/wzekai99/DM-Improves-AT.
 
-Both use the networks of Gowal et al. 2020 under the same names: 'layer.0.block.1.conv_0.weight' in a WideResNet,
-'layer_0.1.conv_2d_1.weight' in a PreActResNet. Convolutions go from OIHW to HWIO, linear layers are transposed.
+These are the networks of Gowal et al. 2020: 'layer.0.block.1.conv_0.weight' is a name in a WideResNet (WRN-D-W-swish),
+'layer_0.1.conv_2d_1.weight' one in a PreActResNet (with 3x3 shortcuts). Both namings are checked against values
+computed by that code, for WRN-10-2-swish and PreActResNet-18-swish; PreActResNet-34-swish repeats the blocks of 18.
+The networks of that code without '-swish' have other names and are not read. Our networks with ReLU or 1x1 shortcuts
+are written and read under the names of the swish networks, so the names do not tell the activation.
+Convolutions go from OIHW to HWIO, linear layers are transposed.
 """
 
 import re
@@ -34,20 +38,26 @@ PREACT_RESNET = {
 }
 NAMES = {WideResNet: WIDE_RESNET, PreActResNet: PREACT_RESNET}
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+WRAPPERS = ("model_state_dict", "state_dict", "model")  # keys of checkpoints that hold the state_dict
 PREFIX = re.compile(r"^(module\.)?(0\.)?")  # torch.nn.DataParallel, and a Sequential around the network
 
 
-def from_torch(network: Classifier, state_dict: Mapping[str, Any]) -> Variables:
+def from_torch(network: Classifier, state_dict: Any) -> Variables:
   """The float32 variables of `network` from a state_dict with the reference's names.
 
-  A checkpoint that holds the state_dict under 'model_state_dict' or 'state_dict' is unwrapped, and the prefixes
-  'module.', '0.' and 'module.0.' are removed. Every tensor is used but num_batches_tracked, a counter that has
+  A checkpoint that holds the state_dict under 'model_state_dict', 'state_dict' or 'model' is unwrapped, and the
+  prefixes 'module.', '0.' and 'module.0.' are removed. Every tensor is used but num_batches_tracked, a counter that has
   no meaning here, and the constants mean and std where they agree with the network's.
   Raises InputError that names the tensors that are missing, left over, or of another shape.
   """
-  for key in ("model_state_dict", "state_dict"):
-    state_dict = state_dict.get(key, state_dict)
-  found = {PREFIX.sub("", name): np.asarray(value) for name, value in state_dict.items()}
+  for key in WRAPPERS:
+    if isinstance(state_dict, Mapping):
+      state_dict = state_dict.get(key, state_dict)
+  if not (isinstance(state_dict, Mapping) and all(isinstance(name, str) for name in state_dict)):
+    raise InputError(
+      f"expected a state_dict (names -> tensors), alone or under {' or '.join(map(repr, WRAPPERS))}"
+    )
+  found = {PREFIX.sub("", name): np.asarray(_tensor(value)) for name, value in state_dict.items()}
   if len(found) < len(state_dict):
     raise InputError("the state_dict holds tensors whose names differ only in the prefix 'module.' or '0.'")
   found = {name: value for name, value in found.items() if not name.endswith("num_batches_tracked")}
@@ -75,6 +85,11 @@ def to_torch(network: Classifier, variables: Variables) -> dict[str, np.ndarray]
     _torch_name(network, path): np.array(_to_torch_layout(np.asarray(leaf)), order="C")
     for path, leaf in _leaves(variables)
   }
+
+
+def _tensor(value: Any) -> Any:
+  """`value`; a scalar in place of what is no tensor, such as the settings of an optimizer, which fits nowhere."""
+  return value if hasattr(value, "shape") else np.zeros(())
 
 
 def _leaves(tree: Variables) -> list[tuple[tuple[str, ...], Any]]:

@@ -22,7 +22,8 @@ class LinenClassifier(abc.ABC):
   """A `types.Classifier` whose fields describe a Linen module; hashable, equal when the fields are.
 
   The modules take (x, train), keep running statistics in 'batch_stats' and store the moments of a
-  training batch in 'moments'.
+  training batch in 'moments'. Batch normalisation (Ioffe and Szegedy 2015) is that of their algorithm 1 in training,
+  and by running statistics in evaluation.
   """
 
   def __post_init__(self):

@@ -73,7 +73,8 @@ class WideResNet(LinenClassifier):
   one value per channel, or one for all. dtype: 'float32' or 'bfloat16', the type of convolutions and
   activations; parameters, statistics, normalised images before the cast, and logits are float32. 'float64', for
   tests, needs jax_enable_x64 and widens all but the parameters.
-  remat: recompute each block in the backward pass to save memory. bn_groups: ghost BatchNorm groups.
+  remat: recompute each block in the backward pass to save memory. bn_groups: ghost batch normalisation
+  (Hoffer et al. 2017, algorithm 1) in that many groups of a batch.
   """
 
   depth: int = 28

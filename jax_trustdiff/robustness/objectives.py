@@ -19,13 +19,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from jax_trustdiff.attacks import losses, norms
 from jax_trustdiff.attacks.pgd import PGD, maximize
 from jax_trustdiff.types import (
   Classifier,
-  InputError,
+  Image,
   KeyOrKeys,
   Labels,
   PerExample,
@@ -34,7 +33,6 @@ from jax_trustdiff.types import (
   Variables,
 )
 
-Image = Float[Array, "b h w c"]
 LossMomentsMetrics = tuple[PerExample, tuple[PyTree, ...], dict[str, PerExample]]
 
 
@@ -45,7 +43,7 @@ class Standard:
   label_smoothing: float = 0.0
 
   def __post_init__(self):
-    _check_range("label_smoothing", self.label_smoothing, 1)
+    norms.check_range("objective label_smoothing", self.label_smoothing, 0, 1)
 
   def attack(
     self,
@@ -83,7 +81,7 @@ class PGDAT:
   label_smoothing: float = 0.0
 
   def __post_init__(self):
-    _check_range("label_smoothing", self.label_smoothing, 1)
+    norms.check_range("objective label_smoothing", self.label_smoothing, 0, 1)
     self._pgd()
 
   def attack(
@@ -136,8 +134,8 @@ class TRADES:
   num_steps: int = 10
 
   def __post_init__(self):
-    _check_range("beta", self.beta)
-    _check_range("label_smoothing", self.label_smoothing, 1)
+    norms.check_range("objective beta", self.beta)
+    norms.check_range("objective label_smoothing", self.label_smoothing, 0, 1)
     _check_attack(self)
 
   def attack(
@@ -150,11 +148,13 @@ class TRADES:
     start: Image | None = None,
   ) -> Unit:
     variables, x = jax.lax.stop_gradient((variables, norms.full_precision(x)))
+    start_key, noise_key = norms.fold_in(key, 0), norms.fold_in(key, 1)
     if start is None:
-      start = norms.random_start(key, x, self.radius, "linf") if self.norm == "linf" else _near(key, x)
+      linf = self.norm == "linf"
+      start = norms.random_start(start_key, x, self.radius, "linf") if linf else _near(start_key, x)
     z, _ = network.train_logits(variables, x)
     return _attack(
-      self, lambda images: losses.kl(z, network.train_logits(variables, images)[0]), x, start, key
+      self, lambda images: losses.kl(z, network.train_logits(variables, images)[0]), x, start, noise_key
     )
 
   def loss(
@@ -186,7 +186,7 @@ class MART:
   num_steps: int = 10
 
   def __post_init__(self):
-    _check_range("beta", self.beta)
+    norms.check_range("objective beta", self.beta)
     _check_attack(self)
 
   def attack(
@@ -199,8 +199,9 @@ class MART:
     start: Image | None = None,
   ) -> Unit:
     variables, x = jax.lax.stop_gradient((variables, norms.full_precision(x)))
-    start = _near(key, x) if start is None else start
-    return _attack(self, lambda images: losses.ce(network.logits(variables, images), y), x, start, key)
+    start_key, noise_key = norms.fold_in(key, 0), norms.fold_in(key, 1)
+    start = _near(start_key, x) if start is None else start
+    return _attack(self, lambda images: losses.ce(network.logits(variables, images), y), x, start, noise_key)
 
   def loss(
     self, network: Classifier, variables: Variables, x: Unit, x_adv: Unit, y: Labels
@@ -241,7 +242,7 @@ def _near(key, x):
 
 
 def _attack(objective, loss, x, start, key):
-  """The inner loop of TRADES and MART."""
+  """The inner loop of TRADES and MART; `key` draws the steps from flat points in 'l2'."""
   norm, radius, step_size = objective.norm, objective.radius, objective.step_size
   if step_size is None:
     step_size = radius / 4 if norm == "linf" else 2 * radius / max(objective.num_steps, 1)
@@ -249,10 +250,10 @@ def _attack(objective, loss, x, start, key):
     return maximize(
       loss, x, start, norm, radius, objective.num_steps, lambda v, g: v + step_size * jnp.sign(g)
     )
-  noise = norms.normal_like(norms.fold_in(key, 1), x)
+  noise = norms.normal_like(key, x)
 
   def move(x_adv, gradient):
-    flat = (norms.size(gradient, "l2") == 0)[:, None, None, None]
+    flat = (norms.lengths(gradient, "l2") == 0)[:, None, None, None]
     return x_adv + step_size * jnp.where(flat, noise, norms.ascend(gradient, "l2", floor=1e-30))
 
   return maximize(loss, x, start, norm, radius, objective.num_steps, move)
@@ -260,13 +261,5 @@ def _attack(objective, loss, x, start, key):
 
 def _check_attack(objective):
   norms.check_norm(objective.norm, ("linf", "l2"))
-  _check_range("radius", objective.radius)
-  _check_range("num_steps", objective.num_steps)
-  if objective.step_size is not None:
-    _check_range("step_size", objective.step_size)
-
-
-def _check_range(name, value, high=float("inf")):
-  if isinstance(value, float | int) and not 0 <= value <= high:
-    wanted = "at least 0" if high == float("inf") else f"from 0 to {high}"
-    raise InputError(f"objective {name} is {value}; it must be {wanted}")
+  for name in ("radius", "step_size", "num_steps"):
+    norms.check_range(f"objective {name}", getattr(objective, name))

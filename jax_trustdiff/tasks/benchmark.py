@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -23,16 +24,16 @@ from jax_trustdiff.robustness.objectives import OBJECTIVES, move_statistics
 from jax_trustdiff.training import optimizers, state
 from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir
-from jax_trustdiff.types import InputError
+from jax_trustdiff.types import InputError, RunError
 
-# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets; by a part of jax's device_kind.
+# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets; by words of jax's device_kind, the first
+# that fit. V100 and T4 are not here: they have no bfloat16.
 PEAK_FLOPS = {
   "H200": 989e12,
+  "H100 PCIe": 756e12,
   "H100": 989e12,
   "A100": 312e12,
   "L4": 121e12,
-  "T4": 65e12,
-  "V100": 125e12,
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
   "TPU v5": 459e12,
@@ -50,7 +51,9 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     name.removesuffix("/ratio"): {"ours / peer": v} for name, v in metrics.items() if name.endswith("/ratio")
   }
   if ratios:
-    report.bars(ratios, workdir / "report" / "ratios.png", ylabel="time of ours / time of the peer")
+    report.bars(
+      ratios, workdir / "report" / "ratios.png", ylabel="time of ours / time of the peer", percent=False
+    )
   return metrics
 
 
@@ -66,7 +69,10 @@ def at_step(
   peer_python: str,
   cliff: bool,
 ) -> Callable[[Workdir], dict[str, float]]:
-  """The adversarial training step of a WideResNet, beside torch's; InputError if `peer_python` has no torch."""
+  """The adversarial training step of a WideResNet on one device, beside torch's on the same.
+
+  InputError if `peer_python` has no torch, RunError if the peer dies.
+  """
   for name in objectives:
     if name not in ("pgd_at", "trades"):
       raise InputError(f"benchmark.objectives knows 'pgd_at' and 'trades', found {name!r}")
@@ -109,7 +115,7 @@ def step_flops(forward: float, objective: str, num_steps: int) -> float:
 def peak_flops() -> float | None:
   """Dense bfloat16 peak of this kind of device, None if it is not in the table (or a CPU)."""
   kind = jax.devices()[0].device_kind
-  return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+  return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", kind)), None)
 
 
 def _figures(label, network, objective, batch_size, num_steps, steps_per_round, pairs) -> dict[str, float]:
@@ -120,7 +126,7 @@ def _figures(label, network, objective, batch_size, num_steps, steps_per_round, 
     f"{label}/tflops": flops / 1e12,
   }
   if peak := peak_flops():
-    figures[f"{label}/mfu"] = flops / peak / jax.device_count()
+    figures[f"{label}/mfu"] = flops / peak
   if np.isfinite(theirs):
     ratios = [a / b for a, b in pairs]
     figures[f"{label}/torch_images_per_second"] = batch_size / theirs
@@ -228,17 +234,28 @@ def _peer(python: str | None, settings: dict) -> Iterator[Callable[[int], float]
     say("torch is not installed: no peer to compare with")
     yield None
     return
+  if jax.default_backend() == "gpu" and os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "") not in (
+    "false",
+    "0",
+  ):
+    say(
+      "jax holds most of the GPU's memory: if torch runs out of it, set XLA_PYTHON_CLIENT_PREALLOCATE=false"
+    )
   script = pathlib.Path(__file__).with_name("torch_peer.py")
   with subprocess.Popen(
     [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
   ) as process:
 
     def ask(line: str) -> dict:
-      process.stdin.write(line + "\n")
-      process.stdin.flush()
-      answer = process.stdout.readline()
+      answer = ""
+      with contextlib.suppress(BrokenPipeError):  # it ended before it read the line
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
       if not answer:
-        raise InputError("the torch peer ended without an answer; its own message is above")
+        with contextlib.suppress(BrokenPipeError):
+          process.stdin.close()
+        raise RunError(f"the torch peer ended with code {process.wait()}; its own message, if any, is above")
       return json.loads(answer)
 
     ready = ask(json.dumps(settings))

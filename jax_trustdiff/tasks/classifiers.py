@@ -12,10 +12,10 @@ from jax_trustdiff import parallel
 from jax_trustdiff.attacks.pgd import ATTACKS
 from jax_trustdiff.data import pipeline, records, sources
 from jax_trustdiff.evaluation import accuracy
-from jax_trustdiff.interop import export
+from jax_trustdiff.interop import pretrained
 from jax_trustdiff.models.registry import MODELS, bind
 from jax_trustdiff.training.progress import ProgressReport
-from jax_trustdiff.types import Classifier, InputError, LogitsFn, Variables, to_unit
+from jax_trustdiff.types import Classifier, LogitsFn, Variables, to_unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +53,11 @@ def build_network(section, source: sources.ImageSource) -> Classifier:
 
 
 def initial_variables(config, network: Classifier) -> Variables | None:
-  """The variables of the export config.init_from, or None if it is ''; InputError if they do not fit `network`."""
-  if not config.init_from:
-    return None
-  _, variables, _ = export.load_export(config.init_from)
-  wanted = jax.eval_shape(network.init, jax.random.key(0))
-  if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, wanted):
-    raise InputError(f"init_from={config.init_from!r} holds another network than config.model describes")
-  return variables
+  """The variables of config.init_from, an export or a torch checkpoint; None if it is ''.
+
+  InputError if they are not those of `network`.
+  """
+  return pretrained.load_variables(config.init_from, network)[0] if config.init_from else None
 
 
 def model_section(config, network: Classifier) -> dict[str, Any]:
