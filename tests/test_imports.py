@@ -9,8 +9,6 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "jax_trustdiff"
 
-# types, config and parallel are the ground everything stands on: they may use one another, nothing else of ours.
-GROUND = {"types", "config", "parallel"}
 ALLOWED = {
   "types": set(),
   "config": {"types"},

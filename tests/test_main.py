@@ -79,6 +79,15 @@ def refused(capfd, workdir, *args):
     ([SMOKE, "--config.init_from=/no/such/export"], "/no/such/export"),
     ([SMOKE, "--config.mesh.data=3"], "does not fit"),
     ([SMOKE, "--config.seeds=1,1"], "seed twice"),
+    ([SMOKE, "--config.seed=-1"], "seed must be at least 0"),
+    ([SMOKE, "--config.train.profile=abc"], "first:last"),
+    ([SMOKE, "--config.train.validate_every_epochs=-1"], "0 for never"),
+    ([SMOKE, "--config.model.bn_groups=3"], "does not split into 3"),
+    ([SMOKE, "--config.report.num_images=0"], "num_images must be at least 1"),
+    ([SMOKE, "--config.mesh.rules=(('.*', 'bogus'),)"], "bogus"),
+    ([SMOKE, "--config.objective.name=mart", "--config.objective.label_smoothing=0.1"], "label_smoothing"),
+    ([SMOKE, "--config.objective.name", "tardes"], "did you mean 'trades'"),
+    ([SMOKE, "--config.data.name=tfds"], "dataset"),
     ([SMOKE, "--config.task=train"], "train_classifier"),
     ([SMOKE, "--wrokdir=x"], "wrokdir"),
     ([SMOKE, "extra"], "extra"),
@@ -120,6 +129,11 @@ def test_a_workdir_in_use_or_of_another_config_is_refused(capfd, tmp_path):
   assert "in use by another process" in refused(capfd, tmp_path / "run", SMOKE)
   owner.close()
   assert "seed: 0 -> 4" in refused(capfd, tmp_path / "run", SMOKE, "--config.seed=4")
+
+
+def test_a_workdir_below_a_file_is_one_line(capfd, tmp_path):
+  (tmp_path / "file").write_text("")
+  assert "file" in refused(capfd, tmp_path / "file" / "run", SMOKE)
 
 
 def test_help_and_print_config():

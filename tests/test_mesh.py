@@ -1,48 +1,21 @@
 """One device, eight virtual devices and two processes train alike."""
 
 import json
-import os
-import pathlib
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-WORKER = ROOT / "tests" / "losses_worker.py"
-
-
-def start(devices, *args):
-  env = os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    "PYTHONPATH": str(ROOT),
-  }
-  return subprocess.Popen(
-    [sys.executable, str(WORKER), *map(str, args)],
-    cwd=ROOT,
-    env=env,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-
-
-def answer(process):
-  out, err = process.communicate(timeout=600)
-  assert process.returncode == 0, err
-  return json.loads(out.splitlines()[-1])
+from workers import answer, start
 
 
 def losses(objective, dtype, steps):
   """The losses on one device, on eight, and on two processes of one device each."""
-  one = answer(start(1, objective, dtype, steps))
-  eight = answer(start(8, objective, dtype, steps))
+  one = answer(start("losses_worker.py", 1, objective, dtype, steps))
+  eight = answer(start("losses_worker.py", 8, objective, dtype, steps))
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
-  pair = [start(1, objective, dtype, steps, address, 2, i) for i in range(2)]
+  pair = [start("losses_worker.py", 1, objective, dtype, steps, address, 2, i) for i in range(2)]
   found = [process.communicate(timeout=600) for process in pair]
   assert [process.returncode for process in pair] == [0, 0], found
   two = json.loads(found[0][0].splitlines()[-1])

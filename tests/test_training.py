@@ -13,7 +13,6 @@ import pathlib
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 import types
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import workers
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
@@ -559,32 +559,11 @@ def test_errors_of_others_are_not_held_back(tmp_path, capfd):
 # ---- several devices, several processes ----
 
 
-def worker(devices, *args):
-  env = os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    "PYTHONPATH": str(ROOT),
-    "JAX_PLATFORMS": "cpu",
-  }
-  return subprocess.Popen(
-    [sys.executable, str(ROOT / "tests" / "fit_worker.py"), *map(str, args)],
-    env=env,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-
-
-def answer(process):
-  out, err = process.communicate(timeout=180)
-  assert process.returncode == 0, err[-3000:]
-  return json.loads(out.splitlines()[-1])
-
-
 @pytest.mark.slow
 def test_eight_devices_train_as_one_and_resume_exactly(tmp_path):
-  process = worker(8, "meshes", tmp_path / "eight")
+  process = workers.start("fit_worker.py", 8, "meshes", tmp_path / "eight")
   one = np.asarray(Run(tmp_path / "one")().params["kernel"])
-  found = answer(process)
+  found = workers.answer(process)
   assert found["devices"] == 8
   for name, shape in (("replicated", [64, 16]), ("fsdp", [32, 16])):
     assert found[f"{name}/stopped"].startswith("saved at step 24;")
@@ -601,11 +580,11 @@ def test_a_signal_to_one_process_stops_both_at_one_step(tmp_path):
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       address = f"127.0.0.1:{free.getsockname()[1]}"
-    pair = [worker(1, "until_stopped", tmp_path, address, 2, i) for i in range(2)]
+    pair = [workers.start("fit_worker.py", 1, "until_stopped", tmp_path, address, 2, i) for i in range(2)]
     try:
       wait_for_lines(tmp_path, pair, past=before)
       pair[who].send_signal(number)
-      found = [answer(process) for process in pair]
+      found = [workers.answer(process) for process in pair]
     finally:
       for process in pair:
         process.kill()

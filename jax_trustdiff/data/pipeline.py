@@ -10,7 +10,7 @@ a payload for each dispatch of k steps; inside the step `take(arrays, payload of
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,25 +68,6 @@ class EpochSampler:
         np.random.RandomState([self.seed, epoch]).shuffle(order)  # this generator's stream never changes
       self._cache = dict([*self._cache.items(), (epoch, order)][-2:])  # the two used last
       return order
-
-
-@runtime_checkable
-class Feed(Protocol):
-  """What a training loop needs of its data."""
-
-  arrays: PyTree  # stay on the devices; an argument of the compiled step
-
-  def take(self, arrays: PyTree, payload: PyTree) -> Batch:
-    """The batch of one step, inside jit; `payload` is one row of what `next` returned."""
-
-  def start(self, step: int) -> None:
-    """The following `next` begins with the batch of `step`."""
-
-  def next(self, num_steps: int) -> PyTree:
-    """Global arrays [num_steps, ...]: the payloads of the following steps; moves on by as many."""
-
-  def close(self) -> None:
-    """Stops reading ahead."""
 
 
 class ResidentFeed:

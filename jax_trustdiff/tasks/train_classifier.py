@@ -94,7 +94,7 @@ class Trainer:
 
   step: state.StepFn
   optimizer: object  # optax.GradientTransformation
-  feed: pipeline.Feed
+  feed: pipeline.ResidentFeed | pipeline.StreamingFeed
   plan: loop.Plan
 
 
