@@ -39,7 +39,7 @@ def conv_general_dilated(
 ) -> jax.Array:
   """The convolution of `lax.conv_general_dilated`, with gradients that stay fast in loops on the CPU.
 
-  Same arguments and the same value. Two-dimensional NHWC / HWIO convolutions without dilation and
+  Same arguments and, up to rounding, the same value. Two-dimensional NHWC / HWIO convolutions without dilation and
   groups get the gradients of this module when the program is traced for the CPU; all others, and
   all on an accelerator, are `lax.conv_general_dilated` itself. On the CPU the special ones allow
   reverse-mode derivatives of any order, but not `jax.jvp` (a limit of `jax.custom_vjp`).
