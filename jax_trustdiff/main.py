@@ -75,14 +75,7 @@ def _run(argv: list[str]) -> int:
   task = find_task(config.task)
   name = pathlib.Path(recipe.partition(":")[0]).stem
   workdir = Workdir(options.workdir or f"runs/{name}-{config_lib.config_hash(config)}", config)
-  workdir.check()
-  metrics = workdir.finished_metrics()
-  if metrics is None:
-    try:
-      metrics = seeds.run(task.run, config, workdir)
-      workdir.write_result(metrics)
-    finally:
-      workdir.close()
+  metrics = workdir.complete(lambda: seeds.run(task.run, config, workdir))
   if parallel.is_main_process():
     for key, value in metrics.items():
       print(f"{key} = {value:.4f}" if isinstance(value, float) else f"{key} = {value}")

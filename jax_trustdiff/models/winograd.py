@@ -30,14 +30,16 @@ def convolve(
     for pair in zip(data, filters, strict=True)
   ]
 
-  def interleaved(parts, axis, shape):
-    return jnp.stack([part.reshape(x.shape[0], *shape) for part in parts], axis).reshape(
-      x.shape[0], *_double(shape, axis)
-    )
-
   # Columns of each tile row first; the barrier keeps XLA from computing them anew for each row of the output.
-  widened = [interleaved(_output(row), 3, (*tiles, kernel.shape[3])) for row in products]
-  y = interleaved(_output(lax.optimization_barrier(widened)), 2, (tiles[0], 2 * tiles[1], kernel.shape[3]))
+  batch, channels = x.shape[0], kernel.shape[3]
+  widened = [
+    jnp.stack([part.reshape(batch, *tiles, channels) for part in _output(row)], 3).reshape(
+      batch, tiles[0], 2 * tiles[1], channels
+    )
+    for row in products
+  ]
+  y = jnp.stack(_output(lax.optimization_barrier(widened)), 2)
+  y = y.reshape(batch, 2 * tiles[0], 2 * tiles[1], channels)
   return y[:, :rows, :columns]
 
 
@@ -77,11 +79,6 @@ def _sizes(shape: Sequence[int], pads: Pads) -> tuple[tuple[int, int], tuple[int
   """Height and width of the output, and how many tiles cover them."""
   out = tuple(n + low + high - 2 for n, (low, high) in zip(shape[1:3], pads, strict=True))
   return out, tuple(-(-m // 2) for m in out)
-
-
-def _double(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-  """`shape` (without the batch) after interleaving pairs along the axis before `axis`."""
-  return tuple(2 * n if i + 2 == axis else n for i, n in enumerate(shape))
 
 
 def _transformed_data(x: jax.Array, pads: Pads) -> list[list[jax.Array]]:

@@ -16,21 +16,18 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   for name in config.objectives:
     part = _part(config, name)
     folder = workdir.sub(name, part)
-    folder.check()
-    found = folder.finished_metrics()
-    if found is None:
-      say(f"{name}: training {part.model.name} with objective {part.objective.name!r}")
-      try:
-        found = train_classifier.run(part, folder)
-        folder.write_result(found)
-      finally:
-        folder.close()
+    found = folder.complete(lambda part=part, folder=folder, name=name: _train(name, part, folder))
     metrics |= {f"{name}/{key}": value for key, value in found.items()}
   if parallel.is_main_process():
     workdir.open()
     attack = classifiers.attack_name(config.eval.attack)
     reports.comparison_report(config, workdir, tuple(config.objectives), attack, metrics)
   return metrics
+
+
+def _train(name: str, part, folder: Workdir) -> dict[str, float]:
+  say(f"{name}: training {part.model.name} with objective {part.objective.name!r}")
+  return train_classifier.run(part, folder)
 
 
 def _part(config, name: str):

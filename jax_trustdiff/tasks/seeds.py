@@ -26,15 +26,7 @@ def run(task: Callable[..., dict[str, float]], config, workdir: Workdir) -> dict
   for seed in seeds:
     part = config_lib.from_plain(config_lib.to_plain(config) | {"seed": seed, "seeds": ""})
     folder = workdir.sub(f"seed-{seed}", part)
-    folder.check()
-    found = folder.finished_metrics()
-    if found is None:
-      say(f"seed {seed}")
-      try:
-        found = task(part, folder)
-        folder.write_result(found)
-      finally:
-        folder.close()
+    found = folder.complete(lambda seed=seed, part=part, folder=folder: _one(task, seed, part, folder))
     results.append(found)
   workdir.open()
   metrics = {}
@@ -42,3 +34,8 @@ def run(task: Callable[..., dict[str, float]], config, workdir: Workdir) -> dict
     mean, half_width = statistics.mean_interval([float(r[name]) for r in results])
     metrics |= {name: mean, f"{name}/interval": half_width}
   return metrics
+
+
+def _one(task, seed: int, part, folder: Workdir) -> dict[str, float]:
+  say(f"seed {seed}")
+  return task(part, folder)

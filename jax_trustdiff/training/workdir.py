@@ -12,7 +12,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -114,6 +114,21 @@ class Workdir:
     """The metrics of result.json, or None while the run is not finished."""
     file = self / "result.json"
     return json.loads(file.read_text())["metrics"] if file.exists() else None
+
+  def complete(self, run: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """The metrics of result.json if this run is finished, else those of `run()`, written there; InputError as `check`.
+
+    The lock, which `run` takes by `open`, is given back.
+    """
+    self.check()
+    metrics = self.finished_metrics()
+    if metrics is None:
+      try:
+        metrics = dict(run())
+        self.write_result(metrics)
+      finally:
+        self.close()
+    return metrics
 
   def information(self) -> dict[str, Any]:
     """Task, config hash, seed, versions, device and the seconds spent, earlier sessions included.
