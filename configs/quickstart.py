@@ -41,7 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
   config.augment = dict(name="none")
   config.objectives = dict(
     standard=dict(name="standard", label_smoothing=0.0),
-    adversarial=dict(
+    trades=dict(
       name="trades", beta=6.0, label_smoothing=0.1, norm="linf", radius=radius, step_size=0.04, num_steps=6
     ),
   )
