@@ -146,9 +146,12 @@ def assert_moved(golden, prefix, initial, params, rtol):
     )
 
 
-def assert_buffers(golden, prefix, batch_stats, rtol):
+def assert_buffers(golden, prefix, batch_stats, rtol, of_largest=False):
+  """Every entry to rtol of itself, or of the tensor's largest: a mean near 0 hangs on single signs of the attack."""
   for name, array in by_torch_name(batch_stats, "batch_stats").items():
-    np.testing.assert_allclose(array, golden[f"{prefix}/{name}"], rtol=rtol, err_msg=name)
+    expected = golden[f"{prefix}/{name}"]
+    limit = {"rtol": 0, "atol": rtol * np.abs(expected).max()} if of_largest else {"rtol": rtol}
+    np.testing.assert_allclose(array, expected, **limit, err_msg=name)
 
 
 def test_weight_decay_reaches_the_same_parameters(golden, initial, hyper):
@@ -192,8 +195,12 @@ def test_step_0(golden, initial, own_steps):
     np.testing.assert_allclose(
       sampled(array), expected, rtol=0, atol=1e-3 * np.abs(expected).max(), err_msg=name
     )
-  assert_buffers(golden, "step0/buffers_after", after.batch_stats, rtol=1e-3)
+  assert_buffers(golden, "step0/buffers_after", after.batch_stats, rtol=1e-3, of_largest=True)
   assert_moved(golden, "step0/params_after", initial, after.params, rtol=1e-3)
+
+
+def test_statistics_of_step_0_from_the_stored_adversarial_images(golden, fed_steps):
+  assert_buffers(golden, "step0/buffers_after", fed_steps[0][3].batch_stats, rtol=1e-3)
 
 
 def test_steps_1_and_2_from_the_stored_adversarial_images(golden, initial, fed_steps):
