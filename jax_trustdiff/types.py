@@ -73,6 +73,33 @@ class Classifier(Protocol):
     """
 
 
+@runtime_checkable
+class DiffusionNetwork(Protocol):
+  """The raw network F of a diffusion model: pure functions of explicit variables."""
+
+  image_shape: tuple[int, int, int]  # (h, w, c)
+  num_classes: int  # 0: unconditional
+  num_augment_labels: int  # 0: not conditioned on augmentations
+
+  def init(self, key: jax.Array) -> Variables:
+    """Fresh variables: {'params': ...}, and 'constants' where the network has any."""
+
+  def apply(
+    self,
+    variables: Variables,
+    x: jax.Array,
+    noise_labels: jax.Array,
+    class_labels: jax.Array | None = None,
+    augment_labels: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+  ) -> jax.Array:
+    """F(x [b h w c]; noise_labels [b]) -> [b h w c_out] in float32.
+
+    class_labels [b k] one-hot (None: zeros), augment_labels [b a] (None: left out). Without a dropout_key the network
+    is in evaluation mode.
+    """
+
+
 def to_unit(x: jax.typing.ArrayLike) -> jax.Array:
   """`x` in [0, 1], float32 (float64 under jax_enable_x64), from uint8 (divided by 255) or from Signed floats in [-1, 1]."""
   x = jnp.asarray(x)
