@@ -8,6 +8,7 @@ os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "jax_trustdiff" / "tests")
 )
 
+import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -20,3 +21,11 @@ def shared_dir(*parts: str) -> pathlib.Path:
   if not path.exists():
     pytest.skip(f"no reference data: {'/'.join(parts)} is not below TRUSTDIFF_SHARED")
   return path
+
+
+@pytest.fixture
+def float64():
+  """The test runs with 64-bit floats."""
+  jax.config.update("jax_enable_x64", True)
+  yield
+  jax.config.update("jax_enable_x64", False)

@@ -9,10 +9,7 @@ from jax_trustdiff.diffusion.processes import EDM, IDDPM, PROCESSES, VE, VP, Dis
 from jax_trustdiff.types import InputError
 
 
-@pytest.fixture(autouse=True)
-def float64():
-  with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
-    yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def times(process, n=200):
@@ -35,11 +32,11 @@ def test_inverse_and_growth(name):
 def test_float32_inverse(name):
   """Near both ends too: nothing cancels."""
   process = PROCESSES[name]()
-  with jax.enable_x64(False) if hasattr(jax, "enable_x64") else jax.experimental.disable_x64():
-    t = jnp.asarray(times(process), jnp.float32)
-    back = process.t_of_sigma(process.sigma(t))
-    assert back.dtype == jnp.float32
-    np.testing.assert_allclose(back, t, rtol=2e-5, atol=1e-6 * process.t_range[1])
+  jax.config.update("jax_enable_x64", False)
+  t = jnp.asarray(times(process), jnp.float32)
+  back = process.t_of_sigma(process.sigma(t))
+  assert back.dtype == jnp.float32
+  np.testing.assert_allclose(back, t, rtol=2e-5, atol=1e-6 * process.t_range[1])
 
 
 def test_vp_is_song_et_al_eq_11():

@@ -4,7 +4,7 @@ All in the convention of Karras et al. 2022 (arXiv:2206.00364): x = x0 + sigma *
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,7 @@ class Coefficients(NamedTuple):
   noise: Any  # what the network is told
 
 
+@runtime_checkable
 class Preconditioning(Protocol):
   """How a network F becomes a denoiser (Karras et al. 2022, table 1)."""
 
