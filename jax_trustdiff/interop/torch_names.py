@@ -16,6 +16,13 @@ import jax
 import numpy as np
 
 from jax_trustdiff.interop.safetensors_io import unflatten
+from jax_trustdiff.interop.torch_layout import (
+  from_torch_layout,
+  leaves,
+  some,
+  to_torch_layout,
+  transposed_shape,
+)
 from jax_trustdiff.models.preact_resnet import PreActResNet
 from jax_trustdiff.models.wide_resnet import WideResNet
 from jax_trustdiff.types import Classifier, InputError, Variables
@@ -65,16 +72,16 @@ def from_torch(network: Classifier, state_dict: Any) -> Variables:
     _check_constant(name, found.pop(name), getattr(network, name))
   wanted = jax.eval_shape(network.init, jax.random.key(0))
   flat = {}
-  for path, leaf in _leaves(wanted):
+  for path, leaf in leaves(wanted):
     name = _torch_name(network, path)
-    if name in found and _transposed_shape(leaf.shape) == found[name].shape:
-      flat[".".join(path)] = np.asarray(_from_torch_layout(found.pop(name)), np.float32, order="C")
-  missing = [_torch_name(network, path) for path, _ in _leaves(wanted) if ".".join(path) not in flat]
+    if name in found and transposed_shape(leaf.shape) == found[name].shape:
+      flat[".".join(path)] = np.asarray(from_torch_layout(found.pop(name)), np.float32, order="C")
+  missing = [_torch_name(network, path) for path, _ in leaves(wanted) if ".".join(path) not in flat]
   if missing or found:
     wrong = {name: f"{name} {found[name].shape}" for name in found}
     raise InputError(
       f"the state_dict does not fit {network}: "
-      f"missing or of another shape: {_some(missing)}; left over: {_some(wrong.values())}"
+      f"missing or of another shape: {some(missing)}; left over: {some(wrong.values())}"
     )
   return unflatten(flat)
 
@@ -82,20 +89,14 @@ def from_torch(network: Classifier, state_dict: Any) -> Variables:
 def to_torch(network: Classifier, variables: Variables) -> dict[str, np.ndarray]:
   """The state_dict under the reference's names and in torch's layout; without num_batches_tracked."""
   return {
-    _torch_name(network, path): np.array(_to_torch_layout(np.asarray(leaf)), order="C")
-    for path, leaf in _leaves(variables)
+    _torch_name(network, path): np.array(to_torch_layout(np.asarray(leaf)), order="C")
+    for path, leaf in leaves(variables)
   }
 
 
 def _tensor(value: Any) -> Any:
   """`value`; a scalar in place of what is no tensor, such as the settings of an optimizer, which fits nowhere."""
   return value if hasattr(value, "shape") else np.zeros(())
-
-
-def _leaves(tree: Variables) -> list[tuple[tuple[str, ...], Any]]:
-  return [
-    (tuple(entry.key for entry in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  ]
 
 
 def _torch_name(network: Classifier, path: tuple[str, ...]) -> str:
@@ -113,24 +114,7 @@ def _translate(module: str, names: Mapping[str, str]) -> str:
   return module
 
 
-def _from_torch_layout(value: np.ndarray) -> np.ndarray:
-  return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-
-
-def _to_torch_layout(value: np.ndarray) -> np.ndarray:
-  return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-
-
-def _transposed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-  return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
-
-
 def _check_constant(name: str, found: np.ndarray, wanted: tuple[float, ...]):
   found = np.asarray(found, np.float32).reshape(-1)
   if not (found.size in (1, len(wanted)) and np.allclose(found, np.asarray(wanted, np.float32), atol=1e-6)):
     raise InputError(f"the state_dict was made for {name} {found.tolist()}, the network has {list(wanted)}")
-
-
-def _some(names: Any) -> str:
-  names = sorted(names)
-  return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "none"

@@ -1,4 +1,4 @@
-"""The classifiers by name, and what works for all of them: binding variables, counting parameters and FLOPs."""
+"""The networks by name, and what works for all of them: binding variables, counting parameters and FLOPs."""
 
 import dataclasses
 import math
@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_trustdiff.models import edm_unet
 from jax_trustdiff.models.preact_resnet import PreActResNet
 from jax_trustdiff.models.wide_resnet import WideResNet
-from jax_trustdiff.types import Classifier, Logits, LogitsFn, Unit, Variables
+from jax_trustdiff.types import Classifier, DiffusionNetwork, Logits, LogitsFn, Unit, Variables
 
 MODELS = {"wide_resnet": WideResNet, "preact_resnet": PreActResNet}
+DIFFUSION_NETWORKS = {"ddpmpp": edm_unet.ddpmpp, "ncsnpp": edm_unet.ncsnpp, "adm": edm_unet.adm}
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +41,7 @@ def num_params(variables: Variables) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
 
 
-def forward_flops(network: Classifier, batch: int = 1) -> int:
+def forward_flops(network: Classifier | DiffusionNetwork, batch: int = 1) -> int:
   """FLOPs of one evaluation of `batch` images: two for each multiply-add of convolutions and products.
 
   Counted in the traced program, padding included (the usual convention), pointwise work not. The program is that of
@@ -47,8 +49,11 @@ def forward_flops(network: Classifier, batch: int = 1) -> int:
   """
   network = dataclasses.replace(network, dtype="bfloat16")
   variables = jax.eval_shape(network.init, jax.random.key(0))
-  x = jax.ShapeDtypeStruct((batch, *network.image_shape), jnp.float32)
-  return _flops(jax.make_jaxpr(network.logits)(variables, x).jaxpr)
+  inputs = [jax.ShapeDtypeStruct((batch, *network.image_shape), jnp.float32)]
+  if isinstance(network, DiffusionNetwork):
+    inputs.append(jax.ShapeDtypeStruct((batch,), jnp.float32))
+  evaluate = network.apply if isinstance(network, DiffusionNetwork) else network.logits
+  return _flops(jax.make_jaxpr(evaluate)(variables, *inputs).jaxpr)
 
 
 def _flops(jaxpr: Any) -> int:
