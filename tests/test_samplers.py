@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from conftest import shared_dir
 from worlds import GaussianMixture
 
 from jax_trustdiff.diffusion import schedules, solvers
-from jax_trustdiff.diffusion.samplers import EDMSampler
+from jax_trustdiff.diffusion.samplers import SAMPLERS, AncestralSampler, DPMSolverPP2M, EDMSampler
 from jax_trustdiff.types import InputError
 
 ENTRIES = {
@@ -149,7 +150,7 @@ def test_order_of_convergence(float64, solver, alpha, order, schedule, scaling):
   """One Gaussian, whose probability flow is known: x(sigma) = mean + (x - mean) sqrt(v + sigma^2) / sqrt(v + sigma_max^2)."""
   world = GaussianMixture(jnp.full((1, 4), 0.3), jnp.array([0.25]))
   noise = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2, 2, 1)))
-  low, high = 0.3, 3.0
+  low, high = (0.3, 3.0) if schedule == "linear" else (0.02, 3.0)
 
   def error(num_steps):
     sampler = EDMSampler(num_steps, low, high, schedule=schedule, scaling=scaling, solver=solver, alpha=alpha)
@@ -224,6 +225,7 @@ def test_trajectory_ends_in_the_sample():
     (dict(num_steps=1), "at least 2"),
     (dict(sigma_min=100.0), "sigma_min"),
     (dict(churn=-1.0), "churn"),
+    (dict(discretization="vp", sigma_min=0.1, sigma_max=4.0), "no VP process"),
   ],
 )
 def test_refuses(fields, words):
@@ -234,3 +236,100 @@ def test_refuses(fields, words):
 def test_churn_needs_keys():
   with pytest.raises(InputError, match="key for each image"):
     EDMSampler(churn=1.0)(WORLD, small(2)[1])
+
+
+@pytest.mark.parametrize("discretization", ["edm", "vp"])
+def test_ddim_three_ways(float64, discretization):
+  """Ancestral with eta 0, and Euler in the VP schedule and scaling and in the linear one: one method (exactly, for DDIM)."""
+  _, noise = small(4)
+  noise = noise.astype(jnp.float64)
+  fields = dict(num_steps=12, discretization=discretization)
+  found = AncestralSampler(eta=0.0, **fields)(WORLD, noise)
+  np.testing.assert_allclose(EDMSampler(solver="euler", **fields)(WORLD, noise), found, atol=1e-12)
+
+
+def test_ancestral_is_the_posterior_of_ddpm(float64):
+  """One step in x / scale against Ho et al. 2020, eq. 7, in the terms of that paper: alpha_bar, beta, x_t, x_{t-1}."""
+  sampler = AncestralSampler(num_steps=5, sigma_min=0.01, sigma_max=80.0, discretization="vp")
+  keys, noise = small(3)
+  noise = noise.astype(jnp.float64)
+  eps = jnp.asarray(np.random.default_rng(1).normal(size=(5, *noise.shape)))
+  states = sampler(WORLD, noise, draw=lambda i: eps[i], trajectory=True)
+  sigma, i = sampler.sigmas, 2
+  bar, bar_next = 1 / (1 + sigma[i] ** 2), 1 / (1 + sigma[i + 1] ** 2)
+  alpha = bar / bar_next
+  beta = 1 - alpha
+  x_t = np.sqrt(bar) * states[i - 1]
+  x0 = WORLD(states[i - 1], jnp.full(3, sigma[i]))
+  mean = (np.sqrt(bar_next) * beta * x0 + np.sqrt(alpha) * (1 - bar_next) * x_t) / (1 - bar)
+  variance = (1 - bar_next) / (1 - bar) * beta
+  np.testing.assert_allclose(np.sqrt(bar_next) * states[i], mean + np.sqrt(variance) * eps[i], atol=1e-12)
+
+
+def test_dpm_solver_order(float64):
+  """Second order in lambda on one Gaussian; without its memory, first."""
+  world = GaussianMixture(jnp.full((1, 4), 0.3), jnp.array([0.25]))
+  noise = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2, 2, 1)))
+  low, high = 0.3, 3.0
+  exact = 0.3 + (noise * high - 0.3) * np.sqrt((0.25 + low**2) / (0.25 + high**2))
+
+  def order(kind):
+    errors = []
+    for num_steps in (33, 65):
+      sampler = kind(num_steps=num_steps, sigma_min=low, sigma_max=high, discretization="ve")
+      states = jax.jit(lambda x, sampler=sampler: sampler(world, x, trajectory=True))(noise)
+      errors.append(np.abs(states[-2] - exact).max())
+    return math.log2(errors[0] / errors[1])
+
+  assert order(DPMSolverPP2M) == pytest.approx(2, abs=0.25)
+  assert order(lambda **fields: AncestralSampler(eta=0.0, **fields)) == pytest.approx(1, abs=0.25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "sampler",
+  [
+    EDMSampler(num_steps=40),
+    EDMSampler(num_steps=150, churn=30, churn_noise=1.0),
+    EDMSampler(num_steps=60, discretization="vp", schedule="vp", scaling="vp"),
+    AncestralSampler(num_steps=500),
+    DPMSolverPP2M(num_steps=60),
+  ],
+  ids=["heun", "churn", "vp", "ancestral", "dpmpp_2m"],
+)
+def test_samples_fit_the_world(sampler):
+  """Chi-square of radii about the nearest mean: accepted, and refused where the denoiser believes in 10 % more noise."""
+  mean = jnp.array([[-3.0, 0.0, 1.0, 0.0], [3.0, 1.0, 0.0, 0.0], [0.0, -3.0, 0.0, 2.0]])
+  world = GaussianMixture(mean, jnp.array([0.09, 0.04, 0.16]))
+  keys, noise = small(3000, seed=5)
+
+  def statistic(denoise):
+    x = np.asarray(jax.jit(lambda x, k: sampler(denoise, x, k))(noise, keys)).reshape(-1, 4)
+    distance = ((x[:, None] - np.asarray(mean)) ** 2).sum(-1)
+    nearest = distance.argmin(1)
+    counts = np.bincount(nearest, minlength=3)
+    radius = (
+      distance[np.arange(len(x)), nearest] / np.asarray(world.variance)[nearest]
+    )  # chi-square with 4 degrees
+    edges = scipy.stats.chi2(4).ppf(np.linspace(0, 1, 11))
+    shells = np.histogram(radius, edges)[0]
+    return scipy.stats.chisquare(counts).pvalue, scipy.stats.chisquare(shells).pvalue
+
+  weights, shells = statistic(world)
+  assert weights > 1e-3 and shells > 1e-3
+  assert statistic(lambda x, sigma: world(x, 1.1 * sigma))[1] < 1e-6
+
+
+def test_every_sampler_tells_its_nfe():
+  keys, noise = small(2)
+  for name, kind in SAMPLERS.items():
+    calls = []
+    sampler = kind(num_steps=7)
+
+    def denoise(x, sigma, calls=calls):
+      jax.debug.callback(lambda: calls.append(1))
+      return WORLD(x, sigma)
+
+    jax.block_until_ready(jax.jit(lambda x, k, s=sampler, d=denoise: s(d, x, k))(noise, keys))
+    jax.effects_barrier()
+    assert len(calls) == sampler.nfe, name

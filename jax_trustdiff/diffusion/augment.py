@@ -64,7 +64,14 @@ _DRAWS: dict[str, dict[str, Callable]] = {
   "saturation": {"normal": _normal},
 }
 TRANSFORMS = tuple(_DRAWS)
-_PAIRS = ("rotate_int", "translate_int", "rotate_frac", "aniso", "translate_frac", "hue")  # these have two labels
+_PAIRS = (
+  "rotate_int",
+  "translate_int",
+  "rotate_frac",
+  "aniso",
+  "translate_frac",
+  "hue",
+)  # these have two labels
 _FRACTIONAL = ("scale", "rotate_frac", "aniso", "translate_frac")
 _COLOR = ("brightness", "contrast", "lumaflip", "hue", "saturation")
 

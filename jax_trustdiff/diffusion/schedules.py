@@ -56,10 +56,16 @@ class Schedule:
 
 
 def vp_betas(sigma_min: float, sigma_max: float) -> tuple[float, float]:
-  """(beta_d, beta_min) of the VP process that has sigma_min at t = 0.001 and sigma_max at t = 1."""
+  """(beta_d, beta_min) of the VP process that has sigma_min at t = 0.001 and sigma_max at t = 1.
+
+  InputError if sigma would not grow from there: sigma_min must be small beside sigma_max.
+  """
   low, high = np.log1p(sigma_min**2), np.log1p(sigma_max**2)
   beta_d = 2 * (low / EPSILON_S - high) / (EPSILON_S - 1)
-  return float(beta_d), float(high - beta_d / 2)
+  beta_min = high - beta_d / 2
+  if beta_d <= 0 or beta_min + beta_d * EPSILON_S <= 0:
+    raise InputError(f"no VP process goes from sigma {sigma_min} at t = {EPSILON_S} to {sigma_max} at t = 1")
+  return float(beta_d), float(beta_min)
 
 
 def scale_of_sigma(scaling: str, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

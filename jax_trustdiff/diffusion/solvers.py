@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Key
 from jax_trustdiff.types import PyTree
 
 Draw = Callable[[jax.Array], jax.Array]  # step number -> standard normal noise [b h w c]
-# (denoise, state, row of the table, draw, step number) -> state after the step
-StepFn = Callable[[Callable, PyTree, PyTree, Draw, jax.Array], PyTree]
+# (denoise, x, memory, row of the table, draw, step number) -> (x, memory) after the step
+StepFn = Callable[[Callable, jax.Array, PyTree, PyTree, Draw, jax.Array], tuple[jax.Array, PyTree]]
 
 
 class PerImageNoise(eqx.Module):
@@ -59,9 +59,13 @@ class DenoiserTerm(diffrax.AbstractTerm):
 
 
 class FixedGrid(diffrax.AbstractItoSolver):
-  """Takes step i by `step_fn` with row i of `table`, a pytree of arrays with one leading axis."""
+  """Takes step i by `step_fn` with row i of `table`, a pytree of arrays with one leading axis.
+
+  memory: what a step hands on to the next beside the images, at the start; its final value is in the solver's state.
+  """
 
   table: PyTree
+  memory: PyTree
   draw: Draw | None  # None: no step draws
   step_fn: StepFn = eqx.field(static=True)
 
@@ -78,7 +82,7 @@ class FixedGrid(diffrax.AbstractItoSolver):
 
   def init(self, terms, t0, t1, y0, args):
     del terms, t0, t1, y0, args
-    return jnp.zeros((), jnp.int32)
+    return jnp.zeros((), jnp.int32), self.memory
 
   def func(self, terms, t0, y0, args):
     return terms.vf(t0, y0, args)
@@ -86,9 +90,10 @@ class FixedGrid(diffrax.AbstractItoSolver):
   def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
     del t0, t1, made_jump
     denoise = lambda x, sigma: terms.vf(sigma, x, args)  # noqa: E731
-    row = jax.tree.map(lambda column: column[solver_state], self.table)
-    y1 = self.step_fn(denoise, y0, row, self.draw, solver_state)
-    return y1, None, dict(y0=y0, y1=y1), solver_state + 1, diffrax.RESULTS.successful
+    number, memory = solver_state
+    row = jax.tree.map(lambda column: column[number], self.table)
+    y1, memory = self.step_fn(denoise, y0, memory, row, self.draw, number)
+    return y1, None, dict(y0=y0, y1=y1), (number + 1, memory), diffrax.RESULTS.successful
 
 
 class Grid(diffrax.StepTo):
@@ -106,32 +111,32 @@ def solve(
   denoise: Callable,
   step_fn: StepFn,
   table: PyTree,
-  y0: PyTree,
+  x: Float[Array, "b h w c"],
   draw: Draw | None = None,
+  memory: PyTree = None,
   trajectory: bool = False,
   checkpoints: int | None = None,
-) -> PyTree:
-  """The state after every row of `table` was a step from `y0`; with `trajectory` the states after every step.
+) -> tuple[Float[Array, "..."], PyTree]:
+  """(images, memory) after every row of `table` was a step from `x`; with `trajectory` the images after every step.
 
-  table: numpy arrays with one leading axis, the number of steps; cast to the precision of `y0`. checkpoints: how many
-  states a reverse-mode gradient keeps (None: the root of the number of steps).
+  table: numpy arrays with one leading axis, the number of steps; cast to the precision of `x`. memory: arrays that a step
+  hands on to the next. checkpoints: how many states a reverse-mode gradient keeps (None: the root of the number of steps).
   """
-  dtype = jnp.result_type(*jax.tree.leaves(y0))
   num_steps = len(jax.tree.leaves(table)[0])
   table = jax.tree.map(
-    lambda a: jnp.asarray(a, dtype if np.issubdtype(a.dtype, np.floating) else a.dtype), table
+    lambda a: jnp.asarray(a, x.dtype if np.issubdtype(a.dtype, np.floating) else a.dtype), table
   )
   solution = diffrax.diffeqsolve(
     DenoiserTerm(denoise),
-    FixedGrid(table, draw, step_fn),
+    FixedGrid(table, memory, draw, step_fn),
     t0=0,
     t1=num_steps,
     dt0=None,
-    y0=y0,
-    stepsize_controller=Grid(ts=np.arange(num_steps + 1, dtype=np.dtype(dtype))),
-    saveat=diffrax.SaveAt(steps=True) if trajectory else diffrax.SaveAt(t1=True),
+    y0=x,
+    stepsize_controller=Grid(ts=np.arange(num_steps + 1, dtype=np.dtype(x.dtype))),
+    saveat=diffrax.SaveAt(steps=trajectory, t1=not trajectory, solver_state=True),
     adjoint=diffrax.RecursiveCheckpointAdjoint(checkpoints=checkpoints or math.isqrt(num_steps)),
     max_steps=num_steps if trajectory else None,  # None: the grid ends the loop, and XLA knows where
     throw=False,
   )
-  return solution.ys if trajectory else jax.tree.map(lambda leaf: leaf[0], solution.ys)
+  return solution.ys if trajectory else solution.ys[0], solution.solver_state[1]

@@ -5,12 +5,13 @@ is called but a `Function` that the caller's table of names holds; an opcode tha
 refused. Time and memory stay in proportion to the length of the file.
 """
 
+import io
 import pickle
 import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from jax_trustdiff.types import InputError
 
@@ -65,7 +66,7 @@ class Stateful:
 
 
 def load(
-  file: BinaryIO,
+  file: io.BufferedIOBase,
   names: Mapping[tuple[str, str], Any],
   load_persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
@@ -82,6 +83,13 @@ def load(
       raise InputError(f"refused: a pickle of more than {MOST_OPCODES} opcodes")
     machine.step(opcode.name, argument)
   return machine.stack.pop()
+
+
+def check_key(value: Any) -> Any:
+  """`value` if a dictionary may have it as a key (text or a number), else InputError."""
+  if type(value) not in KEYS:
+    raise InputError(f"refused: a {type(value).__name__} as a key; expected text or a number")
+  return value
 
 
 def one_line(text: Any) -> str:
@@ -124,7 +132,7 @@ class _Machine:
       case "TUPLE":
         self._push_after(tuple)
       case "FROZENSET":
-        self._push_after(lambda values: frozenset(map(_key, values)))
+        self._push_after(lambda values: frozenset(map(check_key, values)))
       case "APPEND":
         value = stack.pop()
         _of_type(stack[-1], list).append(value)
@@ -133,13 +141,13 @@ class _Machine:
         _of_type(self.stack[-1], list).extend(values)
       case "ADDITEMS":
         values = self._pop_mark()
-        _of_type(self.stack[-1], set).update(map(_key, values))
+        _of_type(self.stack[-1], set).update(map(check_key, values))
       case "SETITEM":
         value, key = stack.pop(), stack.pop()
-        _of_type(stack[-1], dict)[_key(key)] = value
+        _of_type(stack[-1], dict)[check_key(key)] = value
       case "SETITEMS":
         values = self._pop_mark()
-        _of_type(self.stack[-1], dict).update(zip(map(_key, values[::2]), values[1::2], strict=True))
+        _of_type(self.stack[-1], dict).update(zip(map(check_key, values[::2]), values[1::2], strict=True))
       case "BINGET" | "LONG_BINGET":
         stack.append(self.memo[argument])
       case "BINPUT" | "LONG_BINPUT":
@@ -190,12 +198,6 @@ class _Machine:
 def _of_type(value: Any, kind: type) -> Any:
   if type(value) is not kind:
     raise pickle.UnpicklingError(f"items for a {type(value).__name__}; expected a {kind.__name__}")
-  return value
-
-
-def _key(value: Any) -> Any:
-  if type(value) not in KEYS:
-    raise InputError(f"refused: a {type(value).__name__} as a key; expected text or a number")
   return value
 
 

@@ -10,12 +10,12 @@ import math
 import pathlib
 import struct
 import zipfile
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from jax_trustdiff.interop.pickle_data import BROKEN, Function, load, one_line
+from jax_trustdiff.interop.pickle_data import BROKEN, Function, check_key, load, one_line
 from jax_trustdiff.types import InputError
 
 DTYPES = {
@@ -111,7 +111,7 @@ TENSOR_NAMES: dict[tuple[str, str], Any] = {
   ("torch._utils", "_rebuild_tensor"): Function(_rebuild_tensor),
   ("torch._utils", "_rebuild_parameter"): Function(_rebuild_parameter),
   ("torch", "Size"): Function(lambda sizes=(): tuple(sizes)),
-  ("collections", "OrderedDict"): Function(lambda: {}),
+  ("collections", "OrderedDict"): Function(lambda pairs=(): {check_key(key): value for key, value in pairs}),
 }
 
 
@@ -168,11 +168,7 @@ def _read_zip(path: pathlib.Path) -> Any:
         storages[key, kind, size] = storage
       return storages[key, kind, size]
 
-    return load(_member(archive, f"{root}data.pkl"), TENSOR_NAMES | STORAGE_TYPES, load_storage)
-
-
-def _member(archive: zipfile.ZipFile, name: str) -> BinaryIO:
-  return io.BytesIO(archive.read(name))
+    return load(io.BytesIO(archive.read(f"{root}data.pkl")), TENSOR_NAMES | STORAGE_TYPES, load_storage)
 
 
 def _storage_fields(identifier: Any) -> tuple:
@@ -181,7 +177,7 @@ def _storage_fields(identifier: Any) -> tuple:
     raise InputError(f"refused: the file refers to an object outside it ({one_line(identifier)})")
   _, kind, key, _, size, *_ = identifier
   if type(kind) is not StorageType or type(size) is not int or not 0 <= size < LARGEST_INT:
-    raise InputError(f"refused: a storage described as {one_line(kind)} of {one_line(size)}")
+    raise InputError("refused: a storage of an unknown type or an impossible size")
   _text(key)
   return identifier[1:]
 

@@ -7,13 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_trustdiff.models import edm_unet
+from jax_trustdiff.models import edm_unet, uvit
 from jax_trustdiff.models.preact_resnet import PreActResNet
 from jax_trustdiff.models.wide_resnet import WideResNet
 from jax_trustdiff.types import Classifier, DiffusionNetwork, Logits, LogitsFn, Unit, Variables
 
 MODELS = {"wide_resnet": WideResNet, "preact_resnet": PreActResNet}
-DIFFUSION_NETWORKS = {"ddpmpp": edm_unet.ddpmpp, "ncsnpp": edm_unet.ncsnpp, "adm": edm_unet.adm}
+DIFFUSION_NETWORKS = {
+  "ddpmpp": edm_unet.ddpmpp,
+  "ncsnpp": edm_unet.ncsnpp,
+  "adm": edm_unet.adm,
+  "uvit": uvit.uvit,
+}
 
 
 @jax.tree_util.register_dataclass
