@@ -118,9 +118,9 @@ def test_a_perfect_network_denoises(prediction):
 
 
 def test_the_network_s_values_are_leaves():
-  make = lambda value: Denoiser(
-    Perfect(), denoisers.EDMPreconditioning(), {"params": {"a": jnp.full(3, value)}}
-  )  # noqa: E731
+  def make(value):
+    return Denoiser(Perfect(), denoisers.EDMPreconditioning(), {"params": {"a": jnp.full(3, value)}})
+
   traces = []
 
   @jax.jit

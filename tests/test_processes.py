@@ -8,7 +8,6 @@ import pytest
 from jax_trustdiff.diffusion.processes import EDM, IDDPM, PROCESSES, VE, VP, Discrete, SubVP
 from jax_trustdiff.types import InputError
 
-
 pytestmark = pytest.mark.usefixtures("float64")
 
 

