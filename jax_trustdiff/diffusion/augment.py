@@ -324,7 +324,7 @@ def _places(inverse: Array, height: int, width: int) -> tuple[Array, Array]:
 
 
 def _bilinear(images: Array, x: Array, y: Array) -> Array:
-  """images [b h w c] at places (x, y) [b n m], between whose edges and beyond there are zeros."""
+  """images [b h w c], the outermost samples of which are zero, at places (x, y) [b n m]; zero outside."""
   height, width, channels = images.shape[1:]
   x, y = jnp.clip(x, 0, width - 1), jnp.clip(y, 0, height - 1)
   column = jnp.clip(jnp.floor(x), 0, width - 2).astype(jnp.int32)
@@ -387,6 +387,8 @@ def _rotation(angle: Array) -> Array:
 def _rotation_about_luma(angle: Array) -> Array:
   """Rodrigues' formula about (1, 1, 1) / sqrt(3), angle [b 1 1] -> [b 3 3]."""
   axis = np.full(3, 1 / np.sqrt(3))
-  cross = jnp.asarray(np.cross(np.eye(3), axis).T, angle.dtype)  # cross @ x is axis x x
+  cross = jnp.asarray(
+    np.cross(axis, np.eye(3)).T, angle.dtype
+  )  # times a color: the cross product of axis and color
   luma, eye = jnp.asarray(np.outer(axis, axis), angle.dtype), jnp.eye(3, dtype=angle.dtype)
   return luma + jnp.cos(angle) * (eye - luma) + jnp.sin(angle) * cross
