@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import shared_dir
 
+from jax_trustdiff.diffusion import denoisers
 from jax_trustdiff.interop.edm_names import from_edm, to_edm
 from jax_trustdiff.models import edm_unet
 from jax_trustdiff.models.edm_unet import Layers, UNetBlock, adm, ddpmpp, ncsnpp
@@ -291,3 +292,75 @@ def test_resampling_is_the_strided_convolution(taps):
   # the transposed convolution is the adjoint of the convolution; times 4 it keeps the brightness
   cotangent = jax.vjp(lambda v: edm_unet.downsample(v, taps), jnp.zeros((2, 16, 12, 3)))[1]
   np.testing.assert_allclose(edm_unet.upsample(x, taps), 4 * cotangent(x)[0], atol=1e-6)
+
+
+# Whole denoisers of the code released with Karras et al. 2022, filled with the numbers of `filled`: D[2, 1, 5, :3] (NCHW).
+LAYERS = ("norm0", "conv0", "affine", "norm1", "conv1", "skip", "norm2", "qkv", "proj")
+TOP = {
+  "song": ("map_noise", "map_label", "map_augment", "map_layer0", "map_layer1"),
+  "adm": ("map_noise", "map_augment", "map_layer0", "map_layer1", "map_label"),
+}
+PARTS = {
+  "enc": ("conv", "down", "aux_skip", "aux_residual", "block0"),
+  "dec": ("in0", "in1", "up", "block0", "block1", "aux_norm", "aux_conv"),
+}
+
+
+def filled(network, kind):
+  """Normal numbers times 0.1 in the order in which the reference makes its layers; frequencies last, times 16."""
+
+  def position(name):
+    first, *rest, leaf = name.removeprefix("model.").split(".")
+    if first in TOP[kind]:
+      return 0, TOP[kind].index(first), 0, 0, leaf == "bias"
+    if first.startswith("out"):
+      return 3, first == "out_conv", 0, 0, leaf == "bias"
+    size, part = rest[0].split("_", 1)
+    size = int(size.split("x")[0])
+    layer = LAYERS.index(rest[1]) if len(rest) > 1 else 0
+    return (
+      (first == "dec") + 1,
+      size if first == "dec" else -size,
+      PARTS[first].index(part),
+      layer,
+      leaf == "bias",
+    )
+
+  shapes = jax.eval_shape(network.init, jax.random.key(0))
+  empty = to_edm(jax.tree.map(lambda a: np.zeros(a.shape, np.float32), shapes))
+  draw = np.random.RandomState(0).randn
+  names = sorted((name for name in empty if "freqs" not in name), key=position)
+  values = {name: draw(*empty[name].shape) * 0.1 for name in names}
+  values |= {name: draw(*empty[name].shape) * 16 for name in empty if "freqs" in name}
+  return jax.tree.map(jnp.asarray, from_edm(network, values))
+
+
+@pytest.mark.parametrize(
+  "precond, make, fields, expected",
+  [
+    ("edm", ddpmpp, {}, (0.042622, -0.053242, 0.040131)),
+    ("vp", ddpmpp, {}, (-1.853645, -5.085399, -1.427606)),
+    ("edm", ncsnpp, {}, (-0.100691, -0.169318, -0.033474)),
+    ("ve", ncsnpp, dict(encoder="skip", decoder="skip"), (-0.688159, -3.895931, 0.033001)),
+    ("edm", adm, dict(model_channels=32), (-0.014966, -0.139302, -0.081400)),
+    ("iddpm", adm, dict(model_channels=32, out_channels=6), (-1.893591, -5.023890, -1.105560)),
+  ],
+)
+def test_reference_denoisers_of_every_preconditioning(precond, make, fields, expected):
+  setting = dict(
+    TINY, image_shape=(16, 16, 3), attention_resolutions=(8,), num_classes=10, num_augment_labels=9
+  )
+  network = make(**setting | fields)
+  r = np.random.RandomState(1)
+  x, sigma = r.randn(4, 3, 16, 16), np.array([0.05, 0.5, 3, 20])
+  augment = r.randn(4, 9) * 0.5
+  denoise = denoisers.Denoiser(
+    network,
+    denoisers.PRECONDITIONINGS[precond](),
+    filled(network, "adm" if make is adm else "song"),
+    jax.nn.one_hot(jnp.array([0, 3, 7, 9]), 10),
+    jnp.asarray(augment, jnp.float32),
+  )
+  x = nhwc((x * sigma[:, None, None, None]).astype(np.float32))
+  found = jax.jit(lambda d, x, s: d(x, s))(denoise, x, jnp.asarray(sigma, jnp.float32))
+  np.testing.assert_allclose(found[2, 5, :3, 1], expected, atol=2e-5)

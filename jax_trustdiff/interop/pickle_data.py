@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jax_trustdiff.types import InputError
 
-MOST_OPCODES = 2**22  # a network of a thousand tensors has about 1e5
+LONGEST = 2**22  # opcodes, and items of what is called with; a network of a thousand tensors has about 1e5 opcodes
 KEYS = (str, bytes, int, float, bool, type(None))  # a tuple made of tuples can take for ever to hash
 LITERALS = (
   "BINBYTES",
@@ -78,9 +78,8 @@ def load(
   Raises InputError for what is refused and one of `BROKEN` for what is no pickle.
   """
   machine = _Machine(names, load_persistent)
-  for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-    if count == MOST_OPCODES:
-      raise InputError(f"refused: a pickle of more than {MOST_OPCODES} opcodes")
+  for opcode, argument, _ in pickletools.genops(file):
+    machine.spend(1)
     machine.step(opcode.name, argument)
   return machine.stack.pop()
 
@@ -106,6 +105,13 @@ class _Machine:
     self.stack: list[Any] = []
     self.below_marks: list[list[Any]] = []
     self.memo: dict[int, Any] = {}
+    self.left = LONGEST
+
+  def spend(self, work: int) -> None:
+    """InputError when the pickle has asked for more work than any file of tensors."""
+    self.left -= work
+    if self.left < 0:
+      raise InputError(f"refused: a pickle of more than {LONGEST} opcodes, or items in its calls")
 
   def step(self, opcode: str, argument: Any) -> None:
     if opcode in LITERALS:
@@ -162,7 +168,7 @@ class _Machine:
         stack.append(self._find(module, name))
       case "REDUCE" | "NEWOBJ":
         arguments, function = stack.pop(), stack.pop()
-        stack.append(_call(function, arguments))
+        stack.append(self._call(function, arguments))
       case "BUILD":
         state = stack.pop()
         _set_state(stack[-1], state)
@@ -189,6 +195,14 @@ class _Machine:
       )
     return self.names[module, name]
 
+  def _call(self, function: Any, arguments: Any) -> Any:
+    if type(function) is not Function:
+      raise InputError(f"refused: a call of a {type(function).__name__}")
+    if type(arguments) is not tuple:
+      raise pickle.UnpicklingError("a call without arguments")
+    self.spend(sum(len(argument) for argument in arguments if type(argument) in (list, tuple, dict, set)))
+    return function.function(*arguments)
+
   def _persistent(self, identifier: Any) -> Any:
     if self.load_persistent is None:
       raise InputError(f"refused: the file refers to an object outside it ({one_line(identifier)})")
@@ -199,14 +213,6 @@ def _of_type(value: Any, kind: type) -> Any:
   if type(value) is not kind:
     raise pickle.UnpicklingError(f"items for a {type(value).__name__}; expected a {kind.__name__}")
   return value
-
-
-def _call(function: Any, arguments: Any) -> Any:
-  if type(function) is not Function:
-    raise InputError(f"refused: a call of a {type(function).__name__}")
-  if type(arguments) is not tuple:
-    raise pickle.UnpicklingError("a call without arguments")
-  return function.function(*arguments)
 
 
 def _set_state(value: Any, state: Any) -> None:

@@ -10,6 +10,7 @@ import math
 import pathlib
 import struct
 import zipfile
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -51,7 +52,7 @@ def read_torch(path: str | pathlib.Path) -> Any:
   if not path.is_file():
     raise InputError(f"{path}: no such file; expected a torch checkpoint (.pt or .pth)")
   try:
-    tree = _read_zip(path) if zipfile.is_zipfile(path) else read_legacy(io.BytesIO(path.read_bytes()))
+    tree = _read_zip(path) if zipfile.is_zipfile(path) else read_legacy(path.read_bytes())
     return to_arrays(tree, path.stat().st_size)
   except InputError as error:
     raise InputError(f"{path}: {error}") from None
@@ -113,12 +114,13 @@ TENSOR_NAMES: dict[tuple[str, str], Any] = {
 }
 
 
-def read_legacy(file: io.BytesIO, names: dict[tuple[str, str], Any] = TENSOR_NAMES) -> Any:
+def read_legacy(data: bytes, names: Mapping[tuple[str, str], Any] = TENSOR_NAMES) -> Any:
   """The object in the older format, with `Tensor` and `Storage` in it (see `to_arrays`).
 
   Five pickles in a row (magic, protocol, system, object, storage keys), then the storages' bytes. They are not
   copied. names: what the object may name besides the types of storages.
   """
+  file = io.BytesIO(data)
   magic, protocol, _ = (load(file, {}) for _ in range(3))
   if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL:
     raise InputError("not a torch checkpoint: neither a zip file nor the older format")
@@ -130,7 +132,7 @@ def read_legacy(file: io.BytesIO, names: dict[tuple[str, str], Any] = TENSOR_NAM
       raise InputError("a storage that is a view of another one; such files (torch < 0.4) are not read")
     return storages.setdefault(key, Storage(kind.dtype, size))
 
-  tree = load(file, names | STORAGE_TYPES, load_storage)
+  tree = load(file, {**names, **STORAGE_TYPES}, load_storage)
   for key in load(file, {}):
     (size,) = struct.unpack("<q", file.read(8))
     storage = storages[_text(key)]
@@ -138,7 +140,7 @@ def read_legacy(file: io.BytesIO, names: dict[tuple[str, str], Any] = TENSOR_NAM
       raise InputError(f"storage {one_line(key)} holds {size} values, the tensors expect {storage.size}")
     start = file.tell()
     end = start + size * storage.dtype.itemsize
-    storage.values = _values(storage, file.getbuffer()[start:end], "<")
+    storage.values = _values(storage, memoryview(data)[start:end], "<")
     file.seek(end)
   return tree
 
