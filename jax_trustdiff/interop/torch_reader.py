@@ -5,18 +5,19 @@ that a checkpoint of tensors needs, to functions of its own; every other name is
 says which one was refused.
 """
 
+import collections
 import io
 import math
 import pathlib
+import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from jax_trustdiff.interop.pickle_data import BROKEN, Function, check_key, load, one_line
 from jax_trustdiff.types import InputError
 
 DTYPES = {
@@ -36,8 +37,21 @@ DTYPES = {
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 LARGEST_EXPANDED = 2**26  # values of an expanded tensor; a larger one is taken for an attack on the memory
-LARGEST_GROWTH = 4  # tensors may hold this many times the bytes of their file, and LARGEST_EXPANDED * 4 more
-LARGEST_RANK, LARGEST_INT = 32, 2**62
+BROKEN = (
+  pickle.UnpicklingError,
+  zipfile.BadZipFile,
+  struct.error,
+  ArithmeticError,
+  AttributeError,
+  EOFError,
+  LookupError,
+  MemoryError,
+  NotImplementedError,
+  RecursionError,
+  TypeError,
+  UnicodeError,
+  ValueError,
+)
 
 
 def read_torch(path: str | pathlib.Path) -> Any:
@@ -52,97 +66,102 @@ def read_torch(path: str | pathlib.Path) -> Any:
   if not path.is_file():
     raise InputError(f"{path}: no such file; expected a torch checkpoint (.pt or .pth)")
   try:
-    tree = _read_zip(path) if zipfile.is_zipfile(path) else read_legacy(path.read_bytes())
-    return to_arrays(tree, path.stat().st_size)
+    if zipfile.is_zipfile(path):
+      return _read_zip(path)
+    with path.open("rb") as file:
+      return _read_legacy(file)
   except InputError as error:
     raise InputError(f"{path}: {error}") from None
   except BROKEN as error:
-    reason = one_line(str(error)) or type(error).__name__
-    raise InputError(f"{path}: not a torch checkpoint, or truncated ({reason})") from None
+    raise InputError(
+      f"{path}: not a torch checkpoint, or truncated ({error or type(error).__name__})"
+    ) from None
 
 
-class StorageType(NamedTuple):
+# The stand-ins are named tuples because pickle can set attributes of other objects.
+
+
+class _StorageType(NamedTuple):
   """Stands for a class such as torch.FloatStorage."""
 
   dtype: np.dtype
 
 
-class Storage:
-  """Stands for a storage of `size` values; `values` is None until they are read."""
+class _Storage(NamedTuple):
+  """Stands for a storage; its values are read apart."""
 
-  def __init__(self, dtype: np.dtype, size: int):
-    self.dtype, self.size = dtype, size
-    self.values: np.ndarray | None = None
+  key: str
+  dtype: np.dtype
+  size: int
 
 
-class Tensor(NamedTuple):
+class _Tensor(NamedTuple):
   """Stands for a tensor: a view of a storage."""
 
-  storage: Storage
+  storage: _Storage
   offset: int
   shape: tuple[int, ...]
   strides: tuple[int, ...]
 
 
-def _rebuild_tensor(storage, offset, shape, strides, *_) -> Tensor:
-  if type(storage) is not Storage:
-    raise InputError(f"a tensor without a storage ({one_line(storage)})")
-  numbers = (offset, *shape, *strides)
-  if len(numbers) > 2 * LARGEST_RANK + 1 or not all(type(n) is int and abs(n) < LARGEST_INT for n in numbers):
-    raise InputError(f"a tensor whose shape is not up to {LARGEST_RANK} integers")
-  if min(numbers) < 0 or len(shape) != len(strides):
+class _Function(NamedTuple):
+  """Stands for a function or class that the pickle calls."""
+
+  function: Callable
+
+  def __call__(self, *args):
+    return self.function(*args)
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *_) -> _Tensor:
+  tensor = _Tensor(storage, offset, tuple(shape), tuple(strides))
+  if not isinstance(storage, _Storage):
+    raise InputError(f"a tensor without a storage ({type(storage).__name__})")
+  if not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *strides)) or len(shape) != len(strides):
     raise InputError(f"a tensor with offset {offset}, shape {shape}, strides {strides}")
   last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
   if 0 not in shape and last >= storage.size:
     raise InputError(f"a tensor of shape {shape} reaches beyond its storage of {storage.size} values")
   if math.prod(shape) > max(storage.size, LARGEST_EXPANDED):
     raise InputError(f"a tensor of shape {shape} repeats a storage of only {storage.size} values")
-  return Tensor(storage, offset, tuple(shape), tuple(strides))
+  return tensor
 
 
 def _rebuild_parameter(data, *_) -> Any:
   return data
 
 
-STORAGE_TYPES = {("torch", name): StorageType(dtype) for name, dtype in DTYPES.items()}
-TENSOR_NAMES: dict[tuple[str, str], Any] = {
-  ("torch._utils", "_rebuild_tensor_v2"): Function(_rebuild_tensor),
-  ("torch._utils", "_rebuild_tensor"): Function(_rebuild_tensor),
-  ("torch._utils", "_rebuild_parameter"): Function(_rebuild_parameter),
-  ("torch", "Size"): Function(lambda sizes=(): tuple(sizes)),
-  ("collections", "OrderedDict"): Function(lambda pairs=(): {check_key(key): value for key, value in pairs}),
+ALLOWED: dict[tuple[str, str], Any] = {
+  ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
+  ("torch._utils", "_rebuild_tensor"): _Function(_rebuild_tensor),
+  ("torch._utils", "_rebuild_parameter"): _Function(_rebuild_parameter),
+  ("torch", "Size"): _Function(tuple),
+  ("collections", "OrderedDict"): _Function(collections.OrderedDict),
+  **{("torch", name): _StorageType(dtype) for name, dtype in DTYPES.items()},
 }
 
 
-def read_legacy(data: bytes, names: Mapping[tuple[str, str], Any] = TENSOR_NAMES) -> Any:
-  """The object in the older format, with `Tensor` and `Storage` in it (see `to_arrays`).
+class _Unpickler(pickle.Unpickler):
+  """Builds plain containers and the stand-ins above; knows no other name."""
 
-  Five pickles in a row (magic, protocol, system, object, storage keys), then the storages' bytes. They are not
-  copied. names: what the object may name besides the types of storages.
-  """
-  file = io.BytesIO(data)
-  magic, protocol, _ = (load(file, {}) for _ in range(3))
-  if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL:
-    raise InputError("not a torch checkpoint: neither a zip file nor the older format")
-  storages: dict[str, Storage] = {}
+  def __init__(self, file: io.BufferedIOBase, load_storage: Callable[[tuple], _Storage] | None = None):
+    super().__init__(file, encoding="utf-8")
+    self._load_storage = load_storage
 
-  def load_storage(identifier: Any) -> Storage:
-    kind, key, _, size, *view = _storage_fields(identifier)
-    if view != [None]:
-      raise InputError("a storage that is a view of another one; such files (torch < 0.4) are not read")
-    return storages.setdefault(key, Storage(kind.dtype, size))
+  def find_class(self, module: str, name: str) -> Any:
+    if (module, name) not in ALLOWED:
+      raise InputError(
+        f"refused: the file names {module}.{name}; only tensors, parameters and plain containers are read "
+        "(save a state_dict instead of a whole object)"
+      )
+    return ALLOWED[module, name]
 
-  tree = load(file, {**names, **STORAGE_TYPES}, load_storage)
-  for key in load(file, {}):
-    (size,) = struct.unpack("<q", file.read(8))
-    storage = storages[_text(key)]
-    if size != storage.size:
-      raise InputError(f"storage {one_line(key)} holds {size} values, the tensors expect {storage.size}")
-    start = file.tell()
-    end = start + size * storage.dtype.itemsize
-    storage.values = _values(storage, memoryview(data)[start:end], "<")
-    file.seek(end)
-  return tree
+  def persistent_load(self, pid: Any) -> _Storage:
+    if self._load_storage is None or not isinstance(pid, tuple) or pid[:1] != ("storage",):
+      raise InputError(f"refused: the file refers to an object outside it, {str(pid)[:80]}")
+    if not isinstance(pid[1], _StorageType) or not isinstance(pid[4], int) or pid[4] < 0:
+      raise InputError(f"refused: a storage described as {str(pid)[:80]}")
+    return self._load_storage(*pid[1:])
 
 
 def _read_zip(path: pathlib.Path) -> Any:
@@ -151,44 +170,47 @@ def _read_zip(path: pathlib.Path) -> Any:
     roots = [name.removesuffix("data.pkl") for name in names if name.split("/")[-1] == "data.pkl"]
     if len(roots) != 1:
       raise InputError("a zip file without data.pkl; expected a torch checkpoint (not TorchScript, not .npz)")
-    if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-      raise InputError("a compressed zip file; torch writes its checkpoints uncompressed")
     root = roots[0]
     if f"{root}constants.pkl" in names:
       raise InputError("a TorchScript archive holds code; save a state_dict instead")
     byteorder = f"{root}byteorder"
     order = ">" if byteorder in names and archive.read(byteorder) == b"big" else "<"
-    storages: dict[tuple, Storage] = {}
+    values: dict[_Storage, np.ndarray] = {}
 
-    def load_storage(identifier: Any) -> Storage:
-      kind, key, _, size, *_ = _storage_fields(identifier)
-      if (key, kind, size) not in storages:
-        storage = Storage(kind.dtype, size)
-        storage.values = _values(storage, archive.read(f"{root}data/{key}"), order)
-        storages[key, kind, size] = storage
-      return storages[key, kind, size]
+    def load_storage(kind: _StorageType, key: str, _, size: int) -> _Storage:
+      storage = _Storage(key, kind.dtype, size)
+      if storage not in values:
+        values[storage] = _values(storage, archive.read(f"{root}data/{key}"), order)
+      return storage
 
-    return load(io.BytesIO(archive.read(f"{root}data.pkl")), TENSOR_NAMES | STORAGE_TYPES, load_storage)
-
-
-def _storage_fields(identifier: Any) -> tuple:
-  """(StorageType, key, location, size, ...) of the identifier of a storage; InputError for any other."""
-  if type(identifier) is not tuple or len(identifier) < 5 or identifier[0] not in ("storage", b"storage"):
-    raise InputError(f"refused: the file refers to an object outside it ({one_line(identifier)})")
-  _, kind, key, _, size, *_ = identifier
-  if type(kind) is not StorageType or type(size) is not int or not 0 <= size < LARGEST_INT:
-    raise InputError("refused: a storage of an unknown type or an impossible size")
-  _text(key)
-  return identifier[1:]
+    tree = _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), load_storage).load()
+    return _to_arrays(tree, values)
 
 
-def _text(value: Any) -> str:
-  if type(value) is not str:
-    raise InputError(f"refused: a storage whose key is a {type(value).__name__}")
-  return value
+def _read_legacy(file: io.BufferedIOBase) -> Any:
+  """Five pickles in a row (magic, protocol, system, object, storage keys), then the storages' bytes."""
+  magic, protocol, _ = (_Unpickler(file).load() for _ in range(3))
+  if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL:
+    raise InputError("not a torch checkpoint: neither a zip file nor the older format")
+  storages: dict[str, _Storage] = {}
+
+  def load_storage(kind: _StorageType, key: str, _, size: int, view: Any) -> _Storage:
+    if view is not None:
+      raise InputError("a storage that is a view of another one; such files (torch < 0.4) are not read")
+    return storages.setdefault(key, _Storage(key, kind.dtype, size))
+
+  tree = _Unpickler(file, load_storage).load()
+  values: dict[_Storage, np.ndarray] = {}
+  for key in _Unpickler(file).load():
+    (size,) = struct.unpack("<q", file.read(8))
+    storage = storages[key]
+    if size != storage.size:
+      raise InputError(f"storage {key} holds {size} values, the tensors expect {storage.size}")
+    values[storage] = _values(storage, file.read(size * storage.dtype.itemsize), "<")
+  return _to_arrays(tree, values)
 
 
-def _values(storage: Storage, data: bytes | memoryview, order: str) -> np.ndarray:
+def _values(storage: _Storage, data: bytes, order: str) -> np.ndarray:
   if len(data) < storage.size * storage.dtype.itemsize:
     raise InputError(
       f"truncated: a storage of {storage.size} {storage.dtype} values has only {len(data)} bytes"
@@ -197,41 +219,15 @@ def _values(storage: Storage, data: bytes | memoryview, order: str) -> np.ndarra
   return values.byteswap() if order == ">" else values
 
 
-def to_arrays(tree: Any, file_size: int) -> Any:
-  """`tree` with its tensors as arrays that share no memory with the file, of `file_size` bytes.
-
-  InputError if the arrays are out of proportion to the file: many expanded tensors, or views of one storage.
-  """
-  done: dict[int, Any] = {}  # by identity: containers that hold each other many times are walked once
-  left = LARGEST_GROWTH * file_size + 4 * LARGEST_EXPANDED
-
-  def convert(node: Any) -> Any:
-    nonlocal left
-    if type(node) not in (Tensor, Storage, dict, list, tuple):
-      return node
-    if id(node) not in done:
-      if type(node) is Tensor:
-        left -= math.prod(node.shape) * node.storage.dtype.itemsize
-        if left < 0:
-          raise InputError(f"refused: tensors that hold far more than the {file_size} bytes of the file")
-        done[id(node)] = _array(node)
-      elif type(node) is dict:
-        done[id(node)] = {key: convert(value) for key, value in node.items()}
-      elif type(node) is not Storage:
-        done[id(node)] = type(node)([convert(value) for value in node])
-      else:
-        raise InputError("a storage outside a tensor")
-    return done[id(node)]
-
-  return convert(tree)
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-  storage = tensor.storage
-  if 0 in tensor.shape:
-    return np.zeros(tensor.shape, storage.dtype)
-  if storage.values is None:
-    raise InputError("truncated: a storage without values")
-  strides = [stride * storage.dtype.itemsize for stride in tensor.strides]
-  view = np.lib.stride_tricks.as_strided(storage.values[tensor.offset :], tensor.shape, strides)
-  return np.array(view, order="C")
+def _to_arrays(tree: Any, values: dict[_Storage, np.ndarray]) -> Any:
+  if isinstance(tree, _Tensor):
+    if 0 in tree.shape:
+      return np.zeros(tree.shape, tree.storage.dtype)
+    strides = [stride * tree.storage.dtype.itemsize for stride in tree.strides]
+    view = np.lib.stride_tricks.as_strided(values[tree.storage][tree.offset :], tree.shape, strides)
+    return np.array(view, order="C")
+  if isinstance(tree, dict):
+    return {key: _to_arrays(value, values) for key, value in tree.items()}
+  if isinstance(tree, (list, tuple)):
+    return type(tree)([_to_arrays(value, values) for value in tree])
+  return tree
