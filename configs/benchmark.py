@@ -1,22 +1,31 @@
 """Benchmarks: our code beside a peer on the same work, interleaved in one run; ratios are what counts.
 
     python -m jax_trustdiff.main --config=configs/benchmark.py:at_step
-    python -m jax_trustdiff.main --config=configs/benchmark.py:at_step,benchmark.peer_python=python3.11
+    python -m jax_trustdiff.main --config=configs/benchmark.py:sampler,benchmark.peer_python=python3.11
 
-at_step: the PGD-10 and TRADES-10 training steps of a WRN-16-4 (batch 32), images/s and MFU, beside a PyTorch
-implementation of the same step (channels_last) where torch is installed, in this Python or in `peer_python`; and the
-cliff of gradient convolutions inside loops on XLA:CPU. Minutes on two cores; rounds are short, so noise shows as the
-spread of the ratios.
-wrn28_10: the same step at the size of the paper, bfloat16, batch 512: for an accelerator. On a GPU both programs
-share its memory, of which jax takes three quarters when it starts unless told otherwise:
+The peer is a PyTorch implementation of the same (channels_last), where torch is installed, in this Python or in
+`peer_python`. Rounds are short, so noise shows as the spread of the ratios; rates are medians of the rounds.
+
+at_step: the PGD-10 and TRADES-10 training steps of a WRN-16-4 (batch 32), images/s and MFU; and the cliff of gradient
+convolutions inside loops on XLA:CPU. Minutes on two cores.
+wrn28_10: the same step at the size of the paper, bfloat16, batch 512: for an accelerator.
+sampler: 18 steps of EDM's Heun sampler (35 evaluations) on a DDPM++ U-Net of 1.75 million parameters, 16 images of 32x32,
+beside a lax.scan written by hand for it (sampler_beside_scan/ratio is to be at most 1.05) and beside torch. Minutes.
+sampler_gpu: the same with the DDPM++ of the paper (55.7 million), bfloat16, batch 256: for an accelerator.
+edm_train: a training step of that U-Net, with augmentation and without: EDM loss, Adam, parameter average. Minutes.
+edm_train_gpu: the same with the DDPM++ of the paper, bfloat16, batch 256: for an accelerator.
+smoke: seconds, with each of them: at_step, 'sampler,smoke', 'edm_train,smoke'.
+
+On a GPU both programs share its memory, of which jax takes three quarters when it starts unless told otherwise:
 XLA_PYTHON_CLIENT_PREALLOCATE=false python -m jax_trustdiff.main --config=configs/benchmark.py:wrn28_10
 """
 
 from ml_collections import ConfigDict
 
 from jax_trustdiff import config as config_lib
+from jax_trustdiff.types import InputError
 
-VARIANTS = ("at_step", "wrn28_10", "smoke")
+VARIANTS = ("at_step", "wrn28_10", "sampler", "sampler_gpu", "edm_train", "edm_train_gpu", "smoke")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -26,7 +35,41 @@ def get_config(variant: str = "") -> ConfigDict:
   config.task = "benchmark"
   config.seed = 0
   config.seeds = ""
-  config.benchmark = dict(
+  chosen = [name for name in names if name != "smoke"] or ["at_step"]
+  if len(chosen) > 1:
+    raise InputError(f"a benchmark runs alone: choose one of {', '.join(chosen)}")
+  name = chosen[0].removesuffix("_gpu")
+  config.benchmark = {
+    "at_step": _at_step,
+    "wrn28_10": _at_step,
+    "sampler": _sampler,
+    "edm_train": _edm_train,
+  }[name]()
+  if name == "wrn28_10":
+    config.benchmark.update(
+      depth=28, width=10, batch_size=512, dtype="bfloat16", steps_per_round=5, cliff=False
+    )
+  if chosen[0].endswith("_gpu"):
+    config.benchmark.update(
+      model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, dtype="bfloat16", batch_size=256
+    )
+  if "smoke" in names and config.benchmark.name == "at_step":
+    config.benchmark.update(depth=10, width=1, batch_size=8, num_steps=2, rounds=2)
+  elif "smoke" in names:
+    config.benchmark.update(
+      image_size=8,
+      model_channels=16,
+      channel_mult=(1,),
+      num_blocks=1,
+      attention_resolutions=(),
+      batch_size=4,
+      rounds=2,
+    )
+  return config_lib.finish(config, overrides)
+
+
+def _at_step():
+  return dict(
     name="at_step",
     depth=16,
     width=4,
@@ -39,10 +82,24 @@ def get_config(variant: str = "") -> ConfigDict:
     peer_python="",  # an interpreter with torch; '': this one, if it has torch
     cliff=True,  # also measure gradient convolutions inside and outside a loop
   )
-  if "wrn28_10" in names:
-    config.benchmark.update(
-      depth=28, width=10, batch_size=512, dtype="bfloat16", steps_per_round=5, cliff=False
-    )
-  if "smoke" in names:
-    config.benchmark.update(depth=10, width=1, batch_size=8, num_steps=2, rounds=2)
-  return config_lib.finish(config, overrides)
+
+
+def _network():
+  return dict(
+    image_size=32,
+    model_channels=32,
+    channel_mult=(1, 2, 2),
+    num_blocks=2,
+    attention_resolutions=(16,),
+    dtype="float32",
+    batch_size=16,
+    peer_python="",
+  )
+
+
+def _sampler():
+  return dict(name="sampler", num_steps=18, rounds=9, **_network())
+
+
+def _edm_train():
+  return dict(name="edm_train", augment=(0.0, 0.12), rounds=9, steps_per_round=4, **_network())

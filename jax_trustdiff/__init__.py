@@ -1,12 +1,18 @@
 """Trustworthy diffusion models, and diffusion models for trustworthy machine learning, in JAX."""
 
+import importlib
+
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
-  """`load_classifier`, imported when it is asked for."""
-  if name == "load_classifier":
-    from jax_trustdiff.interop.export import load_classifier
+_LOADERS = {
+  "load_classifier": "jax_trustdiff.interop.export",
+  "load_denoiser": "jax_trustdiff.tasks.denoisers",
+}
 
-    return load_classifier
+
+def __getattr__(name: str):
+  """`load_classifier` and `load_denoiser`, imported when they are asked for."""
+  if name in _LOADERS:
+    return getattr(importlib.import_module(_LOADERS[name]), name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,13 +26,24 @@ ConfigDict = ml_collections.ConfigDict
 # Which registry a section chooses from, and the arguments that do not come from the config but from the wiring.
 # Looked up only when a name is overridden.
 SECTIONS = {
-  "model": ("jax_trustdiff.models.registry:MODELS", ("num_classes", "image_shape")),
+  "model": ("jax_trustdiff.models.registry:NETWORKS", ("num_classes", "image_shape", "num_augment_labels")),
+  "diffusion.preconditioning": ("jax_trustdiff.diffusion.denoisers:PRECONDITIONINGS", ()),
+  "diffusion.loss": ("jax_trustdiff.diffusion.losses:LOSSES", ()),
+  "sampler": ("jax_trustdiff.diffusion.samplers:SAMPLERS", ()),
   "data": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
+  "generated": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
+  "metrics.features": ("jax_trustdiff.tasks.generation_metrics:FEATURES", ()),
   "augment": ("jax_trustdiff.data.augment:AUGMENTATIONS", ()),
+  "augment_pipe": ("jax_trustdiff.diffusion.augment:AUGMENT_PIPES", ()),
   "objective": ("jax_trustdiff.robustness.objectives:OBJECTIVES", ()),
   "objectives.*": ("jax_trustdiff.robustness.objectives:OBJECTIVES", ()),
   "optimizer": ("jax_trustdiff.training.optimizers:OPTIMIZERS", ("schedule",)),
-  "schedule": ("jax_trustdiff.training.optimizers:SCHEDULES", ("num_epochs", "steps_per_epoch")),
+  "schedule": (
+    "jax_trustdiff.training.optimizers:ALL_SCHEDULES",
+    ("num_epochs", "steps_per_epoch", "batch_size"),
+  ),
+  "sampler": ("jax_trustdiff.diffusion.samplers:SAMPLERS", ()),
+  "loss": ("jax_trustdiff.diffusion.losses:LOSSES", ()),
   "eval.*attack": ("jax_trustdiff.attacks.pgd:ATTACKS", ()),
 }
 _PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -74,7 +85,7 @@ def _default(parameter: inspect.Parameter) -> Any:
   """The value a key starts from: the default; a placeholder of the right type for None; else the type's empty value."""
   if parameter.default is None:
     choices = typing.get_args(parameter.annotation)
-    return ml_collections.config_dict.placeholder(next(t for t in (float, int, str) if t in choices))
+    return ml_collections.config_dict.placeholder(next(t for t in (float, int, bool, str) if t in choices))
   return parameter.annotation() if parameter.default is parameter.empty else parameter.default
 
 

@@ -140,6 +140,12 @@ def make_mesh(data: int = -1, model: int = 1, shard: int = 1) -> Mesh:
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def make_local_mesh() -> Mesh:
+  """Mesh of this process's devices, all on the data axis: for work that processes share out without talking."""
+  sizes = (jax.local_device_count(), 1, 1)
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.local_devices())
+
+
 def replicated(mesh: AnyMesh) -> NamedSharding:
   """Sharding that keeps a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())

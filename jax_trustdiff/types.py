@@ -100,6 +100,26 @@ class DiffusionNetwork(Protocol):
     """
 
 
+@runtime_checkable
+class NoiseConditionalClassifier(Protocol):
+  """A classifier of noisy images that is told the noise level: pure functions of explicit variables."""
+
+  image_shape: tuple[int, int, int]  # (h, w, c)
+  num_classes: int
+
+  def init(self, key: jax.Array) -> Variables:
+    """Fresh variables: {'params': ...}."""
+
+  def apply(
+    self,
+    variables: Variables,
+    x: jax.Array,
+    noise_labels: jax.Array,
+    dropout_key: jax.Array | None = None,
+  ) -> jax.Array:
+    """x [b h w c], noise_labels [b] -> Logits [b k] in float32. Without a dropout_key in evaluation mode."""
+
+
 def to_unit(x: jax.typing.ArrayLike) -> jax.Array:
   """`x` in [0, 1], float32 (float64 under jax_enable_x64), from uint8 (divided by 255) or from Signed floats in [-1, 1]."""
   x = jnp.asarray(x)

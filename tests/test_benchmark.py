@@ -1,23 +1,31 @@
 """The benchmark's arithmetic and its run, with and without the torch peer."""
 
 import contextlib
+import dataclasses
 import importlib.util
+import math
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_trustdiff import config as config_lib
-from jax_trustdiff.models.registry import MODELS, forward_flops
-from jax_trustdiff.tasks import benchmark
+from jax_trustdiff import parallel
+from jax_trustdiff.diffusion.augment import resample
+from jax_trustdiff.diffusion.samplers import EDMSampler
+from jax_trustdiff.interop import edm_names
+from jax_trustdiff.models.registry import MODELS, forward_flops, num_params
+from jax_trustdiff.tasks import benchmark, benchmark_at_step, benchmark_diffusion
+from jax_trustdiff.tasks import benchmark_tools as tools
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, RunError
 
 
-def measured(tmp_path, **settings):
+def measured(tmp_path, variant="smoke", **settings):
   overrides = {f"benchmark.{name}": value for name, value in settings.items()}
-  config = config_lib.load("configs/benchmark.py:smoke", overrides)
+  config = config_lib.load(f"configs/benchmark.py:{variant}", overrides)
   workdir = Workdir(tmp_path / "run", config)
   try:
     return benchmark.run(config, workdir)
@@ -27,8 +35,8 @@ def measured(tmp_path, **settings):
 
 def test_flops_of_a_step_count_attack_and_update():
   # One forward pass is 1; a PGD step is forward and input gradient; the update is forward and both gradients.
-  assert benchmark.step_flops(1.0, "pgd_at", 10) == 2 * 10 + 3
-  assert benchmark.step_flops(1.0, "trades", 10) == 27  # the count published for TRADES-10
+  assert benchmark_at_step.step_flops(1.0, "pgd_at", 10) == 2 * 10 + 3
+  assert benchmark_at_step.step_flops(1.0, "trades", 10) == 27  # the count published for TRADES-10
 
 
 def test_forward_flops_of_the_papers_network():
@@ -37,7 +45,7 @@ def test_forward_flops_of_the_papers_network():
 
 
 def test_peak_is_that_of_the_whole_name(monkeypatch):
-  assert benchmark.peak_flops() is None  # a CPU
+  assert tools.peak_flops() is None  # a CPU
   for kind, peak in {
     "NVIDIA H200": 989e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -49,17 +57,36 @@ def test_peak_is_that_of_the_whole_name(monkeypatch):
     "TPU v5": 459e12,
   }.items():
     monkeypatch.setattr(jax, "devices", lambda kind=kind: [types.SimpleNamespace(device_kind=kind)])
-    assert benchmark.peak_flops() == peak, kind
+    assert tools.peak_flops() == peak, kind
 
 
 def test_mfu_is_that_of_one_device(monkeypatch):
-  monkeypatch.setattr(benchmark, "peak_flops", lambda: 1e12)
+  monkeypatch.setattr(tools, "peak_flops", lambda: 1e12)
   monkeypatch.setattr(jax, "device_count", lambda: 4)
-  network = MODELS["wide_resnet"](depth=10, width=1)
-  found = benchmark._figures("x", network, "pgd_at", 8, 2, 5, [(1.0, np.nan)] * 3)
-  assert found["x/images_per_second"] == 40
-  assert found["x/mfu"] == pytest.approx(forward_flops(network) * (2 * 2 + 3) * 40 / 1e12)
+  found = tools.figures_beside_torch("x", {"ours": np.array([0.1, 0.2, 0.9])}, 8, 1e9)
+  assert found["x/images_per_second"] == pytest.approx(40)
+  assert found["x/mfu"] == pytest.approx(40 * 1e9 / 1e12)
   assert "x/ratio" not in found
+
+
+def test_ratio_is_the_median_of_paired_rounds():
+  found = tools.ratio_figures("x", np.array([1.0, 10.0, 3.0]), np.array([2.0, 10.0, 1.0]))
+  assert [found[f"x/{name}"] for name in ("ratio_low", "ratio", "ratio_high")] == [0.5, 1.0, 3.0]
+
+
+def test_programs_take_turns():
+  calls = []
+
+  def program(name):
+    def run(count):
+      calls.append(name)
+      return 6.0 * len(calls) * count
+
+    return run
+
+  seconds = tools.in_turns({"a": program("a"), "b": program("b"), "c": None}, 3, 5)
+  assert calls == ["a", "b", "b", "a", "a", "b"]
+  assert {name: list(values) for name, values in seconds.items()} == {"a": [6, 24, 30], "b": [12, 18, 36]}
 
 
 def test_ratios_are_plotted_as_numbers(tmp_path, monkeypatch):
@@ -67,8 +94,8 @@ def test_ratios_are_plotted_as_numbers(tmp_path, monkeypatch):
   monkeypatch.setattr(
     benchmark.report, "bars", lambda groups, path, **settings: drawn.update(settings, groups=groups)
   )
-  monkeypatch.setattr(benchmark, "_our_step", lambda *_: lambda count: 1.35 * count)
-  monkeypatch.setattr(benchmark, "_peer", lambda *_: contextlib.nullcontext(lambda count: 1.0 * count))
+  monkeypatch.setattr(benchmark_at_step, "_our_step", lambda *_: lambda count: 1.35 * count)
+  monkeypatch.setattr(tools, "peer", lambda *_: contextlib.nullcontext(lambda count: 1.0 * count))
   measured(tmp_path, cliff=False)
   assert (
     drawn["groups"] == {f"{step}2": {"ours / peer": 1.35} for step in ("pgd_at", "trades")}
@@ -81,7 +108,7 @@ def test_a_dying_peer_is_a_failed_run(tmp_path, answer):
   peer = tmp_path / "python"
   peer.write_text(f"#!/bin/sh\n{answer}\nexit 3\n")
   peer.chmod(0o755)
-  with pytest.raises(RunError, match="ended with code 3"), benchmark._peer(str(peer), {}):
+  with pytest.raises(RunError, match="ended with code 3"), tools.peer(str(peer), {}, "torch_peer.py"):
     pass
 
 
@@ -107,3 +134,131 @@ def test_wrong_settings_are_refused(tmp_path):
     measured(tmp_path, objectives=("mart",))
   with pytest.raises(InputError, match="not a Python with torch"):
     measured(tmp_path, peer_python="/no/such/python")
+  with pytest.raises(InputError, match="choose one of sampler, edm_train"):
+    measured(tmp_path, "sampler,edm_train")
+  with pytest.raises(InputError, match="benchmark.rounds is too small"):
+    measured(tmp_path, "sampler,smoke", rounds=0)
+
+
+# ---- diffusion ----
+
+TINY = dict(
+  image_size=16,
+  model_channels=16,
+  channel_mult=(1, 2),
+  num_blocks=1,
+  attention_resolutions=(8,),
+  dtype="float32",
+)
+
+
+def torch_network(size, network, variables, num_augment_labels=0):
+  torch_peer_unet = pytest.importorskip("jax_trustdiff.tasks.torch_peer_unet", reason="needs torch")
+  net = torch_peer_unet.UNet(**size.torch_settings(num_augment_labels)["network"])
+  weights = {k.removeprefix("model."): torch_tensor(v) for k, v in edm_names.to_edm(variables).items()}
+  net.load_state_dict(weights)
+  return net
+
+
+def torch_tensor(array):
+  return pytest.importorskip("torch").tensor(np.asarray(array))
+
+
+def nchw(x):
+  return torch_tensor(x).permute(0, 3, 1, 2)
+
+
+def nhwc(x):
+  return x.detach().permute(0, 2, 3, 1).numpy()
+
+
+def test_torch_network_is_ours():
+  """F on the same weights, every branch of which does something, with and without augmentation labels."""
+  size = benchmark_diffusion.Size(**TINY, batch_size=3)
+  network = size.network(9)
+  variables = benchmark_diffusion._variables(network)
+  net = torch_network(size, network, variables, 9)
+  keys = jax.random.split(jax.random.key(1), 3)
+  x, labels = jax.random.normal(keys[0], (3, 16, 16, 3)), jax.random.normal(keys[1], (3, 9))
+  noise_labels = jax.random.normal(keys[2], (3,))
+  lowered = jax.jit(network.apply).lower(variables, x, noise_labels, None, labels)
+  apply = lowered.compile(compiler_options=parallel.quick_compilation())
+  outputs = []
+  for augment in (labels, None):  # labels of zero are none: their layer has no bias
+    ours = apply(variables, x, noise_labels, None, 0 * labels if augment is None else labels)
+    theirs = net(nchw(x), torch_tensor(noise_labels), None if augment is None else torch_tensor(augment))
+    np.testing.assert_allclose(ours, nhwc(theirs), atol=1e-5)
+    outputs.append(ours)
+  assert np.abs(outputs[0]).max() > 0.1 and np.abs(outputs[0] - outputs[1]).max() > 1e-3
+
+
+def test_torch_augmentation_is_ours():
+  torch_peer_unet = pytest.importorskip("jax_trustdiff.tasks.torch_peer_unet", reason="needs torch")
+  keys = jax.random.split(jax.random.key(0), 2)
+  x = jax.random.normal(keys[0], (4, 16, 16, 3))
+  inverse = jnp.eye(2, 3) + 0.3 * jax.random.normal(keys[1], (4, 2, 3))
+  ours = jax.jit(resample)(x, inverse)
+  theirs = nhwc(torch_peer_unet.resample(nchw(x), torch_tensor(inverse)))
+  assert np.abs(ours - x).max() > 0.5
+  np.testing.assert_allclose(ours, theirs, atol=2e-4)
+  images, labels = torch_peer_unet.augment(nchw(x), 1.0)
+  assert images.shape == (4, 3, 16, 16) and labels.shape == (4, 9)
+  always = labels[:, [2, 3, 4, 5, 7, 8]]  # half of the stretches are along the axes, with a sine of 0
+  assert 0 < always.abs().min() and labels.abs().max() < 10
+
+
+def test_scan_by_hand_counts_and_samples_as_ours():
+  """A denoiser with a known answer; both evaluate it as often, and the scan ends where the sampler does."""
+  calls = []
+
+  def denoise(x, sigma):
+    jax.debug.callback(lambda: calls.append(1))
+    return 0.3 + (x - 0.3) / (1 + sigma[:, None, None, None] ** 2)
+
+  sampler = EDMSampler(num_steps=6)
+  noise = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+  found = {}
+  for name, sample in (
+    ("ours", sampler),
+    ("scan", lambda d, x: benchmark_diffusion.heun_by_scan(d, x, sampler.sigmas)),
+  ):
+    calls.clear()
+    found[name] = jax.jit(lambda x, sample=sample: sample(denoise, x))(noise)
+    jax.effects_barrier()
+    assert len(calls) == sampler.nfe == 11, name
+  np.testing.assert_allclose(found["ours"], found["scan"], rtol=1e-5, atol=1e-5)
+  assert 0.5 < np.std(found["scan"]) < 2
+
+
+@pytest.mark.parametrize("variant", ["sampler", "sampler_gpu", "edm_train", "edm_train_gpu"])
+def test_benchmark_networks(variant):
+  """Their sizes, and that the peer's have as many parameters: the paper's DDPM++ where it says so."""
+  section = config_lib.load(f"configs/benchmark.py:{variant}").benchmark
+  names = [field.name for field in dataclasses.fields(benchmark_diffusion.Size)]
+  size = benchmark_diffusion.Size(**{name: section[name] for name in names})
+  found = num_params(jax.eval_shape(size.network().init, jax.random.key(0)))
+  assert found == (55_732_739 if variant.endswith("_gpu") else 1_754_147)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "variant, labels, checked",
+  [
+    ("sampler,smoke", ("sampler",), ("sampler_beside_scan",)),
+    ("edm_train,smoke", ("edm_train", "edm_train_augmented"), ()),
+  ],
+)
+def test_diffusion_is_timed_beside_its_peers(tmp_path, variant, labels, checked):
+  found = measured(tmp_path, variant)
+  assert all(math.isfinite(value) for value in found.values())
+  with_torch = importlib.util.find_spec("torch") is not None
+  for label in labels:
+    assert found[f"{label}/images_per_second"] > 0
+    assert (f"{label}/ratio" in found) == with_torch
+  for label in (*checked, *(labels if with_torch else ())):
+    low, middle, high = (found[f"{label}/{name}"] for name in ("ratio_low", "ratio", "ratio_high"))
+    assert 0 < low <= middle <= high
+  for key in found:
+    if "max_difference" in key:
+      assert found[key] < 1e-4, key
+  assert ("sampler/max_difference_from_torch" in found) == (with_torch and "sampler" in labels)

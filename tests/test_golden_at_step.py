@@ -89,13 +89,13 @@ def run_steps(golden, hyper, initial, objective):
   )
   optimizer = optax.chain(keep_gradients, optimizers.sgd(schedule, weight_decay=hyper["weight_decay"]))
 
-  def loss_fn(params, batch_stats, batch, key, step):
-    variables, x, y = {"params": params, "batch_stats": batch_stats}, batch["x"], batch["y"]
+  def loss_fn(params, collections, batch, key, step):
+    variables, x, y = {"params": params, **collections}, batch["x"], batch["y"]
     own = objective.attack(NETWORK, variables, x, y, key, batch["start"])
     x_adv = jnp.where(batch["feed_stored"], batch["stored"], own)
     loss, moments, metrics = objective.loss(NETWORK, variables, x, x_adv, y)
-    batch_stats = move_statistics(batch_stats, moments, jnp.where(step == 0, 1.0, 0.01))
-    return loss.mean(), (batch_stats, {"x_adv": x_adv, **metrics})
+    moved = move_statistics(collections["batch_stats"], moments, jnp.where(step == 0, 1.0, 0.01))
+    return loss.mean(), ({"batch_stats": moved}, {"x_adv": x_adv, **metrics})
 
   def decay(t):
     return optimizers.ema_decay(t, hyper["tau"], hyper["ema_warmup"])
@@ -195,12 +195,12 @@ def test_step_0(golden, initial, own_steps):
     np.testing.assert_allclose(
       sampled(array), expected, rtol=0, atol=1e-3 * np.abs(expected).max(), err_msg=name
     )
-  assert_buffers(golden, "step0/buffers_after", after.batch_stats, rtol=1e-3, of_largest=True)
+  assert_buffers(golden, "step0/buffers_after", after.collections["batch_stats"], rtol=1e-3, of_largest=True)
   assert_moved(golden, "step0/params_after", initial, after.params, rtol=1e-3)
 
 
 def test_statistics_of_step_0_from_the_stored_adversarial_images(golden, fed_steps):
-  assert_buffers(golden, "step0/buffers_after", fed_steps[0][3].batch_stats, rtol=1e-3)
+  assert_buffers(golden, "step0/buffers_after", fed_steps[0][3].collections["batch_stats"], rtol=1e-3)
 
 
 def test_steps_1_and_2_from_the_stored_adversarial_images(golden, initial, fed_steps):
@@ -208,7 +208,7 @@ def test_steps_1_and_2_from_the_stored_adversarial_images(golden, initial, fed_s
     loss, grads, _, after = fed_steps[step]
     np.testing.assert_allclose(loss, golden[f"step{step}/loss"], atol=1e-5)
     assert_l2(golden, f"step{step}/grad_l2/", grads, rtol=1e-3)
-  assert_buffers(golden, "step2/buffers_after", after.batch_stats, rtol=1e-3)
+  assert_buffers(golden, "step2/buffers_after", after.collections["batch_stats"], rtol=1e-3)
   assert_moved(golden, "step2/params_after", initial, after.params, rtol=1e-3)
   assert_moved(golden, "ema_after", initial, after.ema, rtol=1e-3)
 

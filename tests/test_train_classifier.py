@@ -120,7 +120,7 @@ def test_statistics_that_came_with_parameters_are_kept(tmp_path):
     after, _ = jax.jit(step)(fresh, batch)
     same = [
       np.allclose(a, b)
-      for a, b in zip(jax.tree.leaves(after.batch_stats), jax.tree.leaves(fresh.batch_stats), strict=True)
+      for a, b in zip(jax.tree.leaves(after.collections), jax.tree.leaves(fresh.collections), strict=True)
     ]
     assert all(same) if kept else not any(same)
 

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import errno
 import fcntl
+import gc
 import importlib.machinery
 import io
 import json
@@ -39,15 +40,15 @@ def init(key):
   kernel = 0.01 * jax.random.normal(
     key, (64, 16)
   )  # six classes more than there are: large enough to be sharded
-  return {"params": {"kernel": kernel, "bias": jnp.zeros(16)}, "batch_stats": {}}
+  return {"params": {"kernel": kernel, "bias": jnp.zeros(16)}}
 
 
-def loss_fn(params, batch_stats, batch, key, step):
+def loss_fn(params, collections, batch, key, step):
   x = to_unit(batch["image"]).reshape(len(batch["image"]), -1)
   x = x + 0.05 * jax.random.normal(key, x.shape)
   logits = x @ params["kernel"] + params["bias"]
   losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["label"][:, None], axis=1)[:, 0]
-  return losses.mean(), (batch_stats, {"clean_correct": (logits.argmax(1) == batch["label"]).mean()})
+  return losses.mean(), (collections, {"clean_correct": (logits.argmax(1) == batch["label"]).mean()})
 
 
 class Run:
@@ -63,8 +64,8 @@ class Run:
     self.optimizer = optimizers.sgd(optimizers.one_cycle(0.5, 1, 40), weight_decay=1e-3)
     self.poison = poison
 
-  def loss(self, params, batch_stats, batch, key, step):
-    loss, aux = loss_fn(params, batch_stats, batch, key, step)
+  def loss(self, params, collections, batch, key, step):
+    loss, aux = loss_fn(params, collections, batch, key, step)
     return (loss if self.poison is None else jnp.where(step >= self.poison, jnp.nan, loss)), aux
 
   def __call__(self, validate=None, accumulate=1):
@@ -166,18 +167,18 @@ def test_dispatches_of_several_steps_give_the_same_training(tmp_path):
 def test_accumulation_averages_gradients():
   batch = {"image": jnp.arange(8.0).reshape(8, 1)}
 
-  def loss(params, batch_stats, batch, key, step):
+  def loss(params, collections, batch, key, step):
     value = (params["w"] * batch["image"]).mean()
-    return value, (batch_stats + 1, {"rows": jnp.float32(len(batch["image"]))})
+    return value, ({"count": collections["count"] + 1}, {"rows": jnp.float32(len(batch["image"]))})
 
   optimizer = optimizers.sgd(optimizers.constant(1.0, 1, 1, momentum=0.0), weight_decay=0.0)
-  make = lambda key: {"params": {"w": jnp.ones(())}, "batch_stats": jnp.zeros(())}  # noqa: E731
+  make = lambda key: {"params": {"w": jnp.ones(())}, "count": jnp.zeros(())}  # noqa: E731
   start = state.create(make, optimizer, jax.random.key(0))
   after = {}
   for accumulate in (1, 4):
     step = jax.jit(state.make_train_step(loss, optimizer, lambda t: 0.5, accumulate))
     after[accumulate], metrics = step(start, batch)
-    assert metrics["rows"] == 8 / accumulate and after[accumulate].batch_stats == accumulate
+    assert metrics["rows"] == 8 / accumulate and after[accumulate].collections["count"] == accumulate
   assert after[1].params["w"] == after[4].params["w"] == 1 - 3.5
   assert after[4].ema["w"] == 0.5 * 1 + 0.5 * (1 - 3.5)
 
@@ -554,6 +555,37 @@ def test_errors_of_others_are_not_held_back(tmp_path, capfd):
     assert "Task exception was never retrieved" in heard.getvalue() and "mine" in heard.getvalue()
   assert {name: logging.getLogger(name).filters for name in filters} == filters
   assert sys.unraisablehook == hook
+
+
+FORGET = """
+import asyncio
+
+async def fail():
+  raise ValueError("full")
+
+async def task():
+  asyncio.ensure_future(fail())
+  await asyncio.sleep(0.01)
+
+async def gather():
+  asyncio.gather(fail(), fail())
+  await asyncio.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("how", ["task", "gather"])
+@pytest.mark.parametrize("where, held_back", [("site-packages/orbax/checkpoint/x.py", True), ("x.py", False)])
+def test_what_asyncio_says_of_orbax_is_held_back(tmp_path, how, where, held_back):
+  """A future of asyncio.gather that failed is reported in other words than a task."""
+  code = {}
+  exec(compile(FORGET, where, "exec"), code)
+  handler = logging.StreamHandler(heard := io.StringIO())
+  logging.getLogger("asyncio").addHandler(handler)
+  with Checkpoints(tmp_path):
+    asyncio.run(code[how]())
+    gc.collect()
+  logging.getLogger("asyncio").removeHandler(handler)
+  assert ("never retrieved" in heard.getvalue()) != held_back, heard.getvalue()
 
 
 # ---- several devices, several processes ----

@@ -4,6 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+
+from jax_trustdiff.diffusion import solvers
 
 
 @jax.tree_util.register_dataclass
@@ -38,3 +42,42 @@ class GaussianMixture:
     k = jax.random.randint(choice, shape[:1], 0, len(self.variance))
     flat = jax.random.normal(noise, (shape[0], self.mean.shape[1]))
     return (self.mean[k] + jnp.sqrt(self.variance[k])[:, None] * flat).reshape(shape)
+
+  def score(self, x, sigma):
+    """Gradient of log p(x; sigma) by x: Tweedie's formula."""
+    return (self(x, sigma) - x) / jnp.square(sigma)[:, None, None, None]
+
+
+def far_apart():
+  """Three components of different width in 4 dimensions, whose samples are told apart: see `fit`."""
+  mean = jnp.array([[-3.0, 0.0, 1.0, 0.0], [3.0, 1.0, 0.0, 0.0], [0.0, -3.0, 0.0, 2.0]])
+  return GaussianMixture(mean, jnp.array([0.09, 0.04, 0.16]))
+
+
+def high_dimensional():
+  """Three components in 768 dimensions, where the norms of noise and score are nearly those expected."""
+  mean = jnp.zeros((3, 768)).at[jnp.arange(3), jnp.arange(3)].set(3.0)
+  return GaussianMixture(mean, jnp.array([0.09, 0.04, 0.16]))
+
+
+def small(n=8, seed=0, shape=(2, 2, 1)):
+  """(keys, noise) of images of a few pixels."""
+  keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
+  return keys, solvers.initial_noise(keys, shape)
+
+
+def fit(world, images):
+  """p-values that `images` are of the world, whose components are far apart: by their numbers, and by their radii.
+
+  Chi-square tests; the squared distance to the nearest mean over its variance has a chi-square distribution.
+  """
+  x, mean, variance = (
+    np.asarray(value).reshape(len(value), -1) for value in (images, world.mean, world.variance)
+  )
+  distance = ((x[:, None] - mean) ** 2).sum(-1)
+  nearest = distance.argmin(1)
+  counts = np.bincount(nearest, minlength=len(mean))
+  radius = distance[np.arange(len(x)), nearest] / variance[nearest, 0]
+  edges = scipy.stats.chi2(mean.shape[1]).ppf(np.linspace(0, 1, 11))
+  shells = np.histogram(radius, edges)[0]
+  return scipy.stats.chisquare(counts).pvalue, scipy.stats.chisquare(shells).pvalue

@@ -3,6 +3,7 @@
 Whatever is wrong with a file becomes an InputError that names it. Nothing here executes what it reads.
 """
 
+import gzip
 import io
 import math
 import os
@@ -21,6 +22,7 @@ from jax_trustdiff.types import InputError, RunError
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Nothing else is tried, whatever a file is called: Pillow would run Ghostscript for PostScript.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+LARGEST_IDX = 2**33  # bytes; a larger idx file is taken for a damaged one
 DECODE_AT_ONCE = 2 * 2**30  # bytes; encoded data sets up to this size are decoded when they are opened
 
 
@@ -193,6 +195,27 @@ def _map_npy(file: pathlib.Path, stream, end: int) -> np.ndarray:
 # ---- image files ----
 
 
+def read_idx(file: pathlib.Path, rank: int) -> np.ndarray:
+  """uint8 array of `rank` axes in a file of the MNIST format, gzipped if its name ends in .gz.
+
+  Two zero bytes, 8 for uint8, the rank, the extents as big-endian uint32, the values. InputError for anything else.
+  """
+  opened = gzip.open(file) if file.suffix == ".gz" else open(file, "rb")
+  try:
+    with opened as stream:
+      header = stream.read(4 + 4 * rank)
+      if header[:4] != bytes([0, 0, 8, rank]) or len(header) != 4 + 4 * rank:
+        raise InputError(f"{file} is no idx file of bytes with {rank} axes")
+      shape = [int(extent) for extent in np.frombuffer(header, ">u4", rank, 4)]
+      size = math.prod(shape)
+      values = stream.read(min(size, LARGEST_IDX) + 1)
+  except (OSError, EOFError, zlib.error) as error:
+    raise InputError(f"{file} cannot be read: {error}") from None
+  if len(values) != size:
+    raise InputError(f"{file} holds another number of bytes than the {size} of its shape {shape}")
+  return np.frombuffer(values, np.uint8).reshape(shape)
+
+
 def decode_image(data, where: str, size: int = 0, channels: int = 3) -> np.ndarray:
   """uint8 [h w channels] of an encoded image (a path or a binary stream) in one of `IMAGE_FORMATS`.
 
@@ -240,6 +263,18 @@ def existing(path: str | pathlib.Path, expected: str) -> pathlib.Path:
   if not root.exists():
     raise InputError(f"no such file or folder: {root} (expected {expected})")
   return root
+
+
+def split_folder(root: pathlib.Path, split: str) -> pathlib.Path:
+  """root/split; root/val for 'test' without root/test; `root` itself for 'train' if it is not divided."""
+  if (root / split).is_dir():
+    return root / split
+  held_out = [folder for folder in (root / "test", root / "val") if folder.is_dir()]
+  if split == "test" and held_out:
+    return held_out[0]
+  if split == "train" and not held_out:
+    return root
+  raise InputError(f"{root} has no folder {split}/ for the split '{split}'")
 
 
 def natural(path: pathlib.Path) -> list:

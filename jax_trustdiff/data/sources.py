@@ -15,7 +15,8 @@ import numpy as np
 
 from jax_trustdiff.data import readers
 from jax_trustdiff.data.cifar_archives import cifar_binary, cifar_python
-from jax_trustdiff.data.readers import Decoded, existing, natural
+from jax_trustdiff.data.image_store import image_store
+from jax_trustdiff.data.readers import Decoded, existing, natural, split_folder
 from jax_trustdiff.data.records import SPLITS, ImageSource, agreed_names, check_split, image_source
 from jax_trustdiff.data.tfds import tfds
 from jax_trustdiff.types import InputError
@@ -66,7 +67,7 @@ def npy(
   check_split(split)
   root = existing(path, "a folder with images*.npy and labels*.npy")
   if root.is_dir():
-    root = _split_folder(root, split)
+    root = split_folder(root, split)
     files = sorted(root.glob("images*.npy"), key=natural)
   else:
     files = [root]
@@ -102,7 +103,7 @@ def image_folder(
   Greyscale becomes RGB. Up to 2 GiB of images are decoded at once, more when they are asked for.
   """
   check_split(split)
-  root = _split_folder(existing(path, "a folder with one folder of images for each class"), split)
+  root = split_folder(existing(path, "a folder with one folder of images for each class"), split)
   if not root.is_dir():
     raise InputError(f"{root} is a file; expected a folder with one folder of images for each class")
   folders = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
@@ -124,6 +125,29 @@ def image_folder(
   shape = (size, size) if size else _common_extent(flat)
   images = Decoded(len(flat), (*shape, 3), lambda i: readers.decode_image(flat[i], str(flat[i]), size))
   return image_source([images.now()], [labels], str(root), num_classes, names)
+
+
+def idx(
+  path: str, num_classes: int = 0, *, split: str = "train", class_names: tuple[str, ...] = ()
+) -> ImageSource:
+  """MNIST, Fashion-MNIST, EMNIST in their own files: a folder with train-images-idx3-ubyte and its kin, also as .gz.
+
+  t10k-* or test-* is the split 'test'.
+  """
+  check_split(split)
+  root = existing(path, "a folder with train-images-idx3-ubyte[.gz] and train-labels-idx1-ubyte[.gz]")
+  prefixes = ("train",) if split == "train" else ("t10k", "test")
+
+  def only(kind):
+    names = [f"{prefix}-{kind}{end}" for prefix in prefixes for end in ("", ".gz")]
+    found = [root / name for name in names if (root / name).is_file()]
+    if not found:
+      raise InputError(f"{root} holds none of {', '.join(names)}")
+    return found[0]
+
+  images = readers.read_idx(only("images-idx3-ubyte"), 3)
+  labels = readers.read_idx(only("labels-idx1-ubyte"), 1)
+  return image_source([images], [labels], str(root), num_classes, class_names)
 
 
 def digits(*, split: str = "train", class_names: tuple[str, ...] = ()) -> ImageSource:
@@ -165,6 +189,8 @@ SOURCES: dict[str, Callable[..., ImageSource]] = {
   "cifar_binary": cifar_binary,
   "cifar_python": cifar_python,
   "tfds": tfds,
+  "idx": idx,
+  "image_store": image_store,
   "digits": digits,
   "npz_or_digits": npz_or_digits,
 }
@@ -183,18 +209,6 @@ def _split_files(root: pathlib.Path, pattern: str, split: str) -> list[pathlib.P
     names = ", ".join(file.name for file in found[:5]) or f"no {pattern}"
     raise InputError(f"{root} has no files {split}{pattern}; found {names}")
   return files
-
-
-def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path:
-  """root/split; root/val for 'test' without root/test; `root` itself for 'train' if it is not divided."""
-  if (root / split).is_dir():
-    return root / split
-  held_out = [folder for folder in (root / "test", root / "val") if folder.is_dir()]
-  if split == "test" and held_out:
-    return held_out[0]
-  if split == "train" and not held_out:
-    return root
-  raise InputError(f"{root} has no folder {split}/ for the split '{split}'")
 
 
 def _common_extent(files: Sequence[pathlib.Path]) -> tuple[int, int]:

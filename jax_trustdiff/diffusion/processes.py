@@ -281,6 +281,30 @@ class IDDPM(TableProcess):
 PROCESSES = {"vp": VP, "sub_vp": SubVP, "ve": VE, "edm": EDM, "iddpm": IDDPM, "discrete": Discrete}
 
 
+def as_process(process: Process | str) -> Process:
+  """The process of a text such as 'vp', 've:lowest=0.02,highest=100' or 'discrete:schedule=linear'; a Process as it is.
+
+  A name in PROCESSES and values for its fields, as a config can hold them. InputError for a name, field or value that is not
+  known.
+  """
+  if isinstance(process, Process):
+    return process
+  name, _, rest = process.partition(":")
+  if name not in PROCESSES:
+    raise InputError(f"unknown process {name!r}; known: {', '.join(PROCESSES)}")
+  types = {field.name: type(field.default) for field in dataclasses.fields(PROCESSES[name])}
+  values = {}
+  for part in filter(None, rest.split(",")):
+    key, _, value = part.partition("=")
+    if key not in types:
+      raise InputError(f"process {name!r} does not take {key!r}; it takes: {', '.join(types)}")
+    try:
+      values[key] = types[key](value)
+    except ValueError:
+      raise InputError(f"{key} of process {name!r} must be {types[key].__name__}, got {value!r}") from None
+  return PROCESSES[name](**values)
+
+
 def _with_slope(function: Callable[[Times], Times], t: TimesLike) -> tuple[Times, Times]:
   """function(t) and its derivative, each time on its own."""
   t = jnp.asarray(t)

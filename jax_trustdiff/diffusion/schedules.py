@@ -4,7 +4,6 @@ Everything here runs on the host in float64; a schedule is a handful of numbers 
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 
@@ -83,12 +82,10 @@ def noise_levels(
   sigma_min: float,
   sigma_max: float,
   rho: float = 7.0,
-  round_sigma: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
   """sigma at the start of each of `num_steps` steps, from sigma_max down to sigma_min, float64 [num_steps].
 
   'edm' is Karras et al. 2022, eq. 5 with `rho`; 'vp', 've' and 'iddpm' are the other columns of its table 1.
-  round_sigma: to the nearest noise level that a network knows.
   """
   if discretization not in DISCRETIZATIONS:
     raise InputError(f"unknown discretization {discretization!r}; known: {', '.join(DISCRETIZATIONS)}")
@@ -99,13 +96,18 @@ def noise_levels(
   part = np.arange(num_steps) / (num_steps - 1)
   if discretization == "edm":
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    found = (high + part * (low - high)) ** rho
-  elif discretization == "vp":
-    found = Schedule("vp", *vp_betas(sigma_min, sigma_max)).sigma(1 + part * (EPSILON_S - 1))
-  elif discretization == "ve":
-    found = sigma_max * (sigma_min / sigma_max) ** part
-  else:
-    table = IDDPM().sigmas[::-1]
-    table = table[(table >= sigma_min) & (table <= sigma_max)]
-    found = table[np.rint(part * (len(table) - 1)).astype(int)]
-  return found if round_sigma is None else np.asarray(round_sigma(found), np.float64)
+    return (high + part * (low - high)) ** rho
+  if discretization == "vp":
+    return Schedule("vp", *vp_betas(sigma_min, sigma_max)).sigma(1 + part * (EPSILON_S - 1))
+  if discretization == "ve":
+    return sigma_max * (sigma_min / sigma_max) ** part
+  table = IDDPM().sigmas[::-1]
+  table = table[(table >= sigma_min) & (table <= sigma_max)]
+  return table[np.rint(part * (len(table) - 1)).astype(int)]
+
+
+def nearest(sigma: np.ndarray, table: np.ndarray) -> np.ndarray:
+  """The value of `table`, increasing, that is nearest to each `sigma`; the smaller of two that are as near."""
+  above = np.clip(np.searchsorted(table, sigma), 1, len(table) - 1)
+  low, high = table[above - 1], table[above]
+  return np.where(sigma - low <= high - sigma, low, high)

@@ -7,7 +7,7 @@ hand-written `lax.scan` costs: no error checks through the host, no stage buffer
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import diffrax
 import equinox as eqx
@@ -16,7 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jax_trustdiff.types import PyTree
+from jax_trustdiff.diffusion.inpainting import Known
+from jax_trustdiff.types import InputError, PyTree
+
+# Numbers of draws: those of steps count from 0, the others are above all of them.
+KNOWN_NOISE = 2**30  # that of known pixels at the start; at the ends of steps the numbers that follow
+INITIAL_NOISE = 2**31 - 1
 
 Draw = Callable[[jax.Array], jax.Array]  # step number -> standard normal noise [b h w c]
 # (denoise, x, memory, row of the table, draw, step number) -> (x, memory) after the step
@@ -39,17 +44,61 @@ def initial_noise(
   keys: Key[Array, "b"], image_shape: tuple[int, ...], dtype: Any = jnp.float32
 ) -> Float[Array, "b h w c"]:
   """Standard normal latents, that of each image of its own key: a number no step has."""
-  return PerImageNoise(keys, tuple(image_shape), dtype)(jnp.array(2**31 - 1))
+  return PerImageNoise(keys, tuple(image_shape), dtype)(jnp.array(INITIAL_NOISE))
+
+
+def drawn_by(keys: Any, noise: jax.Array, draw: Draw | None, what: str) -> Draw:
+  """`draw` if it is given, else the noise of `keys` in the shape of `noise`; InputError, which names `what`, without either."""
+  if draw is not None:
+    return draw
+  if keys is None:
+    raise InputError(f"{what} draws noise: it needs a key for each image")
+  return PerImageNoise(keys, noise.shape[1:], noise.dtype)
+
+
+class Point(NamedTuple):
+  """Where images are: x [b h w c] in EDM convention, whatever the sampler's scale, at noise level sigma [b]."""
+
+  x: jax.Array
+  sigma: jax.Array
+
+
+@runtime_checkable
+class StatefulDenoiser(Protocol):
+  """A denoiser with a state that goes along with the images, as a running log-density does; a pytree."""
+
+  def __call__(self, x: jax.Array, sigma: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
+    """(D(x; sigma), what `step_state` wants to know of this evaluation); the state is that of the start of the step."""
+
+  def step_state(self, state: PyTree, seen: PyTree, at: Point, start: Point, end: Point) -> PyTree:
+    """The state after a step from `start` to `end`, which hold all noise that it added.
+
+    seen: of the step's first evaluation, which was at `at`: its start, or where churn had taken it from there. A state f(x, sigma)
+    moves by g(end) - g(start) with g its Taylor expansion about `at`, of second order in x if the sampler draws noise.
+    """
+
+
+class Levels(NamedTuple):
+  """Noise levels and scales of x at the start and at the end of every step, float64 [n + 1]."""
+
+  sigmas: np.ndarray
+  scales: np.ndarray
+
+
+def levels(sigma: np.ndarray, scale: np.ndarray | None = None) -> Levels:
+  """Those of steps that begin at `sigma` and `scale` (None: 1), of which the last one ends at 0 and 1."""
+  scale = np.ones_like(sigma) if scale is None else scale
+  return Levels(np.append(sigma, 0.0), np.append(scale, 1.0))
 
 
 class DenoiserTerm(diffrax.AbstractTerm):
-  """Its value at 'time' sigma and state x is D(x; sigma), which only the solver of this module takes for what it is."""
+  """Its value at 'time' sigma is D(y; sigma), which only the solver of this module takes for what it is.
 
-  denoise: Callable
+  args: (denoiser, its state or None).
+  """
 
   def vf(self, t, y, args):
-    del args
-    return self.denoise(y, jnp.broadcast_to(t, y.shape[:1]).astype(y.dtype))
+    return _evaluate(*args, y, t)[0]
 
   def contr(self, t0, t1, **kwargs):
     return t1 - t0
@@ -61,12 +110,17 @@ class DenoiserTerm(diffrax.AbstractTerm):
 class FixedGrid(diffrax.AbstractItoSolver):
   """Takes step i by `step_fn` with row i of `table`, a pytree of arrays with one leading axis.
 
-  memory: what a step hands on to the next beside the images, at the start; its final value is in the solver's state.
+  memory: what a step hands on to the next beside the images, at the start. state: that of a denoiser that has one, at the
+  start. Both go along in the solver's state.
   """
 
   table: PyTree
   memory: PyTree
+  state: PyTree
+  levels: Levels | None  # None where neither a state nor known pixels need them
   draw: Draw | None  # None: no step draws
+  known: Known | None
+  known_draw: Draw | None
   step_fn: StepFn = eqx.field(static=True)
 
   term_structure = DenoiserTerm
@@ -82,18 +136,44 @@ class FixedGrid(diffrax.AbstractItoSolver):
 
   def init(self, terms, t0, t1, y0, args):
     del terms, t0, t1, y0, args
-    return jnp.zeros((), jnp.int32), self.memory
+    return jnp.zeros((), jnp.int32), self.memory, self.state
 
   def func(self, terms, t0, y0, args):
     return terms.vf(t0, y0, args)
 
   def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-    del t0, t1, made_jump
-    denoise = lambda x, sigma: terms.vf(sigma, x, args)  # noqa: E731
-    number, memory = solver_state
+    del terms, t0, t1, made_jump
+    denoiser, _ = args
+    number, memory, state = solver_state
     row = jax.tree.map(lambda column: column[number], self.table)
+    evaluations = []
+
+    def denoise(x, sigma):
+      found, seen = _evaluate(denoiser, state, x, sigma)
+      evaluations.append((seen, x, jnp.broadcast_to(sigma, x.shape[:1])))
+      return found
+
     y1, memory = self.step_fn(denoise, y0, memory, row, self.draw, number)
-    return y1, None, dict(y0=y0, y1=y1), (number + 1, memory), diffrax.RESULTS.successful
+    if state is not None:
+      state = self._step_state(denoiser, state, evaluations[0], y0, y1, number)
+    if self.known is not None:
+      sigma, scale = (column[number + 1] for column in self.levels)
+      y1 = self.known.put_back(y1, sigma, scale, self.known_draw(KNOWN_NOISE + 1 + number))
+    return y1, None, dict(y0=y0, y1=y1), (number + 1, memory, state), diffrax.RESULTS.successful
+
+  def _step_state(self, denoiser, state, evaluation, y0, y1, number):
+    seen, *at = evaluation
+    start, end = (
+      Point(y / self.levels.scales[i], jnp.broadcast_to(self.levels.sigmas[i], y.shape[:1]))
+      for y, i in ((y0, number), (y1, number + 1))
+    )
+    return denoiser.step_state(state, seen, Point(*at), start, end)
+
+
+def _evaluate(denoiser, state, x, sigma):
+  """(D(x; sigma), what a denoiser with a state tells beside it)."""
+  sigma = jnp.broadcast_to(sigma, x.shape[:1]).astype(x.dtype)
+  return (denoiser(x, sigma), None) if state is None else denoiser(x, sigma, state)
 
 
 class Grid(diffrax.StepTo):
@@ -116,27 +196,49 @@ def solve(
   memory: PyTree = None,
   trajectory: bool = False,
   checkpoints: int | None = None,
-) -> tuple[Float[Array, "..."], PyTree]:
-  """(images, memory) after every row of `table` was a step from `x`; with `trajectory` the images after every step.
+  *,
+  levels: Levels | None = None,
+  state: PyTree = None,
+  known: Known | None = None,
+  keys: Key[Array, "b"] | None = None,
+) -> Float[Array, "..."] | tuple[Float[Array, "..."], PyTree]:
+  """Images after every row of `table` was a step from `x`; with `trajectory` those after every step.
 
   table: numpy arrays with one leading axis, the number of steps; cast to the precision of `x`. memory: arrays that a step
   hands on to the next. checkpoints: how many states a reverse-mode gradient keeps (None: the root of the number of steps).
+  state: for `denoise`, then a StatefulDenoiser; the result is then (images, last state). known: pixels to put back, with
+  noise of `keys`. Both need `levels`; InputError for both at once, since what is put back is no step of a path.
   """
   num_steps = len(jax.tree.leaves(table)[0])
-  table = jax.tree.map(
-    lambda a: jnp.asarray(a, x.dtype if np.issubdtype(a.dtype, np.floating) else a.dtype), table
-  )
+
+  def cast(array):
+    return jnp.asarray(array, x.dtype if np.issubdtype(array.dtype, np.floating) else array.dtype)
+
+  levels = None if state is None and known is None else jax.tree.map(cast, levels)
+  known_draw = None
+  if known is not None:
+    if state is not None:
+      raise InputError("a denoiser with a state and known pixels do not go together")
+    if keys is None:
+      raise InputError("inpainting draws noise for the known pixels: it needs a key for each image")
+    known.check(x.shape)
+    known_draw = PerImageNoise(keys, x.shape[1:], x.dtype)
+    sigma, scale = (column[0] for column in levels)
+    x = known.put_back(x, sigma, scale, known_draw(jnp.array(KNOWN_NOISE)))
+  table = jax.tree.map(cast, table)
   solution = diffrax.diffeqsolve(
-    DenoiserTerm(denoise),
-    FixedGrid(table, memory, draw, step_fn),
+    DenoiserTerm(),
+    FixedGrid(table, memory, state, levels, draw, known, known_draw, step_fn),
     t0=0,
     t1=num_steps,
     dt0=None,
     y0=x,
+    args=(denoise, state),
     stepsize_controller=Grid(ts=np.arange(num_steps + 1, dtype=np.dtype(x.dtype))),
     saveat=diffrax.SaveAt(steps=trajectory, t1=not trajectory, solver_state=True),
     adjoint=diffrax.RecursiveCheckpointAdjoint(checkpoints=checkpoints or math.isqrt(num_steps)),
     max_steps=num_steps if trajectory else None,  # None: the grid ends the loop, and XLA knows where
     throw=False,
   )
-  return solution.ys if trajectory else solution.ys[0], solution.solver_state[1]
+  images = solution.ys if trajectory else solution.ys[0]
+  return images if state is None else (images, solution.solver_state[2])

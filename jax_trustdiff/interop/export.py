@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from jax_trustdiff.interop import safetensors_io
-from jax_trustdiff.models.registry import MODELS, bind
-from jax_trustdiff.types import Classifier, InputError, LogitsFn, Variables
+from jax_trustdiff.models.registry import DIFFUSION_NETWORKS, MODELS, bind
+from jax_trustdiff.types import Classifier, DiffusionNetwork, InputError, LogitsFn, Variables
 
 FORMAT = 1
 ARRAYS = "model.safetensors"
@@ -25,8 +25,9 @@ def save_export(
 ) -> None:
   """Writes `directory`/model.safetensors and model.json, each whole or not at all.
 
-  model: {'name': a name in MODELS, **the arguments it is built with}. extra: JSON kept beside it; InputError for
-  the keys 'format' and 'model', which are taken.
+  model: {'name': in MODELS or DIFFUSION_NETWORKS, **the arguments it is built with}. extra: JSON kept beside it, of a
+  diffusion model 'denoiser': {'name': a preconditioning, **arguments}; InputError for the keys 'format' and 'model',
+  which are taken.
   """
   directory = pathlib.Path(directory)
   meta = {"format": FORMAT, "model": dict(model)}
@@ -40,26 +41,38 @@ def save_export(
   safetensors_io.write_atomically(directory / DESCRIPTION, text.encode())
 
 
-def load_export(directory: str | os.PathLike) -> tuple[Classifier, Variables, dict[str, Any]]:
+def load_export(
+  directory: str | os.PathLike,
+) -> tuple[Classifier | DiffusionNetwork, Variables, dict[str, Any]]:
   """(network, variables, everything in model.json) of an export, the variables as numpy arrays.
 
   Raises InputError if a file is missing or damaged, or the arrays are not those of the network.
   """
   directory = pathlib.Path(directory)
-  meta = _read_description(directory)
-  network = _build(directory / DESCRIPTION, meta["model"])
+  network, meta = load_network(directory)
   variables = safetensors_io.load(directory / ARRAYS)
   _check_arrays(directory, variables, jax.eval_shape(network.init, jax.random.key(0)))
   return network, variables, meta
 
 
+def load_network(directory: str | os.PathLike) -> tuple[Classifier | DiffusionNetwork, dict[str, Any]]:
+  """(network, everything in model.json) of an export, whose arrays are not read; InputError if it is damaged."""
+  meta = read_description(directory)
+  return _build(pathlib.Path(directory) / DESCRIPTION, meta["model"]), meta
+
+
 def load_classifier(directory: str | os.PathLike) -> LogitsFn:
   """The classifier of an export: images Unit [b h w c] -> logits [b k]; a callable pytree."""
+  name = read_description(directory)["model"].get("name")
+  if name in DIFFUSION_NETWORKS:
+    raise InputError(f"{directory} holds a diffusion model ({name}), no classifier: see load_denoiser")
   network, variables, _ = load_export(directory)
   return bind(network, jax.tree.map(jax.numpy.asarray, variables))
 
 
-def _read_description(directory: pathlib.Path) -> dict[str, Any]:
+def read_description(directory: str | os.PathLike) -> dict[str, Any]:
+  """Everything in model.json, 'model' included; InputError if it is missing or damaged."""
+  directory = pathlib.Path(directory)
   file = directory / DESCRIPTION
   if not file.is_file():
     raise InputError(f"no export in {directory}: expected {DESCRIPTION} and {ARRAYS} there")
@@ -74,13 +87,14 @@ def _read_description(directory: pathlib.Path) -> dict[str, Any]:
   return meta
 
 
-def _build(file: pathlib.Path, section: Mapping[str, Any]) -> Classifier:
+def _build(file: pathlib.Path, section: Mapping[str, Any]) -> Classifier | DiffusionNetwork:
   arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in section.items()}
   name = arguments.pop("name", None)
-  if name not in MODELS:
-    raise InputError(f"{file}: unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
+  known = MODELS | DIFFUSION_NETWORKS
+  if name not in known:
+    raise InputError(f"{file}: unknown model {name!r}; known: {', '.join(sorted(known))}")
   try:
-    return MODELS[name](**arguments)
+    return known[name](**arguments)
   except (InputError, TypeError) as error:
     raise InputError(f"{file}: {error}") from None
 

@@ -6,6 +6,7 @@ SongUNet is the family of Song et al. 2021 (arXiv:2011.13456): DDPM++ and NCSN++
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from jax_trustdiff.models import layers
+from jax_trustdiff.models.attention import attention
 from jax_trustdiff.models.linen import DTYPES, check, check_choice
 from jax_trustdiff.types import Variables
 
@@ -175,13 +177,12 @@ class UNetBlock(nn.Module):
   def _attention(self, x: jax.Array) -> jax.Array:
     """x + self-attention over pixels.
 
-    The channels of qkv are ordered (head, channel, q k v), as in released weights. `jax.nn.dot_product_attention`
-    takes the fused kernel of the backend where there is one.
+    The channels of qkv are ordered (head, channel, q k v), as in released weights.
     """
     b, h, w, c = x.shape
     qkv = self.layers.conv(self.layers.norm(x, self.eps, "norm2"), 3 * c, 1, "qkv", gain=self.qkv_gain)
     q, k, v = jnp.moveaxis(qkv.reshape(b, h * w, self.num_heads, c // self.num_heads, 3), -1, 0)
-    mixed = jax.nn.dot_product_attention(q, k, v).reshape(b, h, w, c)
+    mixed = attention(q, k, v).reshape(b, h, w, c)
     return self.layers.conv(mixed, c, 1, "proj", gain=self.zero_gain) + x
 
 
@@ -218,7 +219,8 @@ class EDMUNet(abc.ABC):
   channel_mult: widths of the levels, each of half the resolution of the one before, in units of model_channels.
   attention_resolutions: sizes with self-attention. label_dropout: the part of class labels that are set to zero in
   training, for classifier-free guidance. dtype: of convolutions and attention; parameters, embeddings and statistics
-  are float32. remat: blocks are computed again in the backward pass.
+  are float32. remat: blocks are computed again in the backward pass. out_channels: 0 for those of the image; the networks
+  of iDDPM have twice as many.
   """
 
   image_shape: tuple[int, int, int]
@@ -232,6 +234,7 @@ class EDMUNet(abc.ABC):
   label_dropout: float = 0.0
   dtype: str = "float32"
   remat: bool = False
+  out_channels: int = 0
 
   def __post_init__(self):
     for name in ("image_shape", "channel_mult", "attention_resolutions"):
@@ -253,7 +256,7 @@ class EDMUNet(abc.ABC):
     check(self.num_blocks >= 1, f"{kind}: num_blocks must be at least 1, got {self.num_blocks}")
     for name in ("dropout", "label_dropout"):
       check(0 <= getattr(self, name) < 1, f"{kind}: {name} must lie in [0, 1), got {getattr(self, name)}")
-    for name in ("num_classes", "num_augment_labels"):
+    for name in ("num_classes", "num_augment_labels", "out_channels"):
       check(getattr(self, name) >= 0, f"{kind}: {name} must not be negative, got {getattr(self, name)}")
     check_choice(f"{kind}: dtype", self.dtype, DTYPES)
 
@@ -353,7 +356,6 @@ class DhariwalUNet(EDMUNet):
   attention_resolutions: tuple[int, ...] = (32, 16, 8)
   channels_per_head: int = 64
   embedding_channel_mult: int = 4
-  out_channels: int = 0  # 0: those of the image; iDDPM's networks have twice as many
 
   @property
   def module(self) -> nn.Module:
@@ -422,7 +424,7 @@ class SongUNetModule(nn.Module):
         x = block(x, mult * config.model_channels, f"dec_{size}_block{i}", attention)
       if config.decoder == "skip" or level == 0:
         h = nn.silu(make.norm(x, 1e-6, f"dec_{size}_aux_norm"))
-        h = make.conv(h, channels, 3, f"dec_{size}_aux_conv", gain=1e-5)
+        h = make.conv(h, config.out_channels or channels, 3, f"dec_{size}_aux_conv", gain=1e-5)
         aux = h if aux is None else h + upsample(aux, config.taps)
     return aux.astype(layers.wide(dtype))
 
@@ -520,17 +522,9 @@ def _size(config: EDMUNet, level: int) -> str:
   return f"{height}x{width}"
 
 
-def ddpmpp(**fields: Any) -> SongUNet:
-  """DDPM++ of Karras et al. 2022, table 1; fields as `SongUNet`."""
-  return SongUNet(**fields)
-
-
-def ncsnpp(**fields: Any) -> SongUNet:
-  """NCSN++ of Karras et al. 2022, table 1: Fourier embedding, residual encoder, [1, 3, 3, 1] filter."""
-  setting = dict(embedding="fourier", encoder="residual", taps=(1, 3, 3, 1), noise_channel_mult=2)
-  return SongUNet(**setting | fields)
-
-
-def adm(**fields: Any) -> DhariwalUNet:
-  """ADM of Karras et al. 2022, table 1; fields as `DhariwalUNet`."""
-  return DhariwalUNet(**fields)
+# The networks of Karras et al. 2022, table 1, by the names of their papers; fields as the class.
+ddpmpp = SongUNet
+ncsnpp = functools.partial(
+  SongUNet, embedding="fourier", encoder="residual", taps=(1, 3, 3, 1), noise_channel_mult=2
+)
+adm = DhariwalUNet

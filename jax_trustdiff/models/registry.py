@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_trustdiff.models import edm_unet, uvit
+from jax_trustdiff.models.noise_classifier import NoiseClassifier
 from jax_trustdiff.models.preact_resnet import PreActResNet
 from jax_trustdiff.models.wide_resnet import WideResNet
 from jax_trustdiff.types import Classifier, DiffusionNetwork, Logits, LogitsFn, Unit, Variables
@@ -19,6 +20,8 @@ DIFFUSION_NETWORKS = {
   "adm": edm_unet.adm,
   "uvit": uvit.uvit,
 }
+NETWORKS = MODELS | DIFFUSION_NETWORKS
+NOISE_CLASSIFIERS = {"noise_classifier": NoiseClassifier}
 
 
 @jax.tree_util.register_dataclass

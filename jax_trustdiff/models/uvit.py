@@ -27,10 +27,38 @@ SIZES = {  # table 1 of the paper; 'S_deep' is that of its text-to-image experim
 }
 
 
-def uvit(size: str = "S", **fields: Any) -> "UViT":
-  """The `UViT` of a size in SIZES; `fields` are added to those of the size or replace them."""
+def uvit(
+  size: str = "S",
+  *,
+  image_shape: tuple[int, int, int],
+  num_classes: int = 0,
+  patch_size: int = 2,
+  embed_dim: int | None = None,
+  depth: int | None = None,
+  num_heads: int | None = None,
+  mlp_ratio: int = 4,
+  context_shape: tuple[int, ...] = (),
+  mlp_time_embed: bool = False,
+  final_conv: bool | None = None,
+  label_dropout: float = 0.0,
+  dtype: str = "float32",
+  remat: bool = False,
+) -> "UViT":
+  """The `UViT` of a size in SIZES; what is not None replaces what the size says."""
   check_choice("uvit: size", size, SIZES)
-  return UViT(**SIZES[size] | fields)
+  given = dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, final_conv=final_conv)
+  return UViT(
+    image_shape=image_shape,
+    num_classes=num_classes,
+    patch_size=patch_size,
+    mlp_ratio=mlp_ratio,
+    context_shape=context_shape,
+    mlp_time_embed=mlp_time_embed,
+    label_dropout=label_dropout,
+    dtype=dtype,
+    remat=remat,
+    **SIZES[size] | {name: value for name, value in given.items() if value is not None},
+  )
 
 
 @dataclasses.dataclass(frozen=True)

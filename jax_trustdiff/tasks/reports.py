@@ -1,6 +1,12 @@
 """report/ of a run: pictures, and one page that shows them with the numbers."""
 
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
 from jax_trustdiff import config as config_lib
+from jax_trustdiff.data import sources
 from jax_trustdiff.evaluation import report, statistics
 from jax_trustdiff.tasks import classifiers
 from jax_trustdiff.training.workdir import Workdir
@@ -54,8 +60,47 @@ def classifier_report(
   )
 
 
-def comparison_report(config, workdir: Workdir, names: tuple[str, ...], attack: str, metrics) -> None:
-  """Bars of clean and robust accuracy for each of `names`, with the pictures of their own reports."""
+def sample_grid(images: np.ndarray, path: pathlib.Path) -> None:
+  """PNG of uint8 samples [n h w c], row by row."""
+  path.parent.mkdir(exist_ok=True)
+  report.image_grid(images, path)
+
+
+def diffusion_report(
+  config, workdir: Workdir, samples: Sequence[pathlib.Path], train: sources.ImageSource, metrics
+) -> None:
+  """Training curves, samples from first to last beside training images, and report.html of one diffusion model."""
+  folder = workdir / "report"
+  folder.mkdir(exist_ok=True)
+  report.training_curves(workdir.read_metrics(), folder / "training_curves.png")
+  count = min(config.eval.num_pictures, len(train))
+  report.image_grid(train.take(np.arange(count))["image"], folder / "training_images.png")
+  shown = sorted({samples[0], samples[len(samples) // 2], samples[-1]})
+  figures = [(samples[-1], f"Samples of the averaged parameters, step {int(samples[-1].stem):,}")]
+  figures += [(folder / "training_images.png", "Training images")]
+  figures += [(file, f"The same samples at step {int(file.stem):,}") for file in shown[:-1]]
+  figures += [(folder / "training_curves.png", "Training and validation")]
+  sampler = config.sampler
+  summary = f"{metrics['num_params']:,} parameters after {metrics['num_steps']:,} steps."
+  for name in ("fid", "pixel_fid"):
+    if name in metrics:
+      summary += (
+        f" {name} {metrics[name]:.2f} of {metrics['num_generated']:,} samples against "
+        f"{metrics['num_reference']:,} training images; it depends on these numbers."
+      )
+  report.html_report(
+    folder / "report.html",
+    title=f"{config.model.name} with {config.diffusion.preconditioning.name} preconditioning",
+    summary=f"{summary} Samples by '{sampler.name}'.",
+    metrics=metrics,
+    figures=figures,
+    config_text=config_lib.to_json(config),
+    info=workdir.information(),
+  )
+
+
+def quickstart_report(config, workdir: Workdir, names: tuple[str, ...], attack: str, metrics) -> None:
+  """Bars of clean and robust accuracy for each of `names`, the samples, and the pictures of the runs' own reports."""
   folder = workdir / "report"
   folder.mkdir(exist_ok=True)
   bars = {
@@ -68,11 +113,18 @@ def comparison_report(config, workdir: Workdir, names: tuple[str, ...], attack: 
     own = workdir / name / "report"
     figures.append((own / "adversarial_images.png", f"{name}: clean, adversarial, amplified difference"))
     figures.append((own / "training_curves.png", f"{name}: training and validation"))
+  samples = sorted((workdir / "diffusion" / "samples").glob("*.png"))
+  own = workdir / "diffusion" / "report"
+  figures += [(samples[-1], "Samples of the diffusion model, a digit of each class in turn")]
+  figures += [(own / "training_images.png", "Training images")]
+  figures += [(own / "training_curves.png", "diffusion: training and validation")]
+  accuracies = "; ".join(
+    f"{n}: {b['clean']:.1%} clean, {b[attack]:.1%} under {attack}" for n, b in bars.items()
+  )
   report.html_report(
     folder / "report.html",
-    title="Standard and adversarial training",
-    summary="; ".join(f"{n}: {b['clean']:.1%} clean, {b[attack]:.1%} under {attack}" for n, b in bars.items())
-    + ".",
+    title="Standard and adversarial training, and a diffusion model of the same images",
+    summary=accuracies + ".",
     metrics=metrics,
     figures=figures,
     tables=[],

@@ -121,10 +121,10 @@ def build_trainer(config, network: Classifier, data: classifiers.ClassifierData,
     config.train.ema_warmup_fraction * num_epochs * (data.epoch_images // batch_size + 1)
   )  # floor + 1: the original's count
 
-  def loss_fn(params, batch_stats, batch, key, step):
+  def loss_fn(params, collections, batch, key, step):
     augment_key, attack_key = jax.random.split(key)
     x = to_unit(transform(batch["image"], augment_key))
-    variables = {"params": params, "batch_stats": batch_stats}
+    variables = {"params": params, **collections}
     x_adv = objective.attack(network, jax.lax.stop_gradient(variables), x, batch["label"], attack_key)
     loss, moments, metrics = objective.loss(
       network, variables, x, jax.lax.stop_gradient(x_adv), batch["label"]
@@ -132,10 +132,10 @@ def build_trainer(config, network: Classifier, data: classifiers.ClassifierData,
     # The first batch replaces initial statistics, but not those that came with trained parameters.
     first = config.train.bn_momentum if config.init_from else 1.0
     momentum = jnp.where(step == 0, first, config.train.bn_momentum)
-    batch_stats = objectives.move_statistics(batch_stats, jax.lax.stop_gradient(moments), momentum)
+    moved = objectives.move_statistics(collections["batch_stats"], jax.lax.stop_gradient(moments), momentum)
     metrics = {name: value.mean() for name, value in metrics.items()}
     rate = {"learning_rate": schedule.learning_rate(step), "momentum": schedule.momentum(step)}
-    return loss.mean(), (batch_stats, metrics | rate)
+    return loss.mean(), (collections | {"batch_stats": moved}, metrics | rate)
 
   def decay(t):
     return optimizers.ema_decay(t, config.train.ema_decay, warmup_steps)
@@ -159,7 +159,7 @@ def build_trainer(config, network: Classifier, data: classifiers.ClassifierData,
 def _check_batch(network: Classifier, shapes: state.TrainState, batch_size: int) -> None:
   """Traces one forward pass of a micro-batch: what does not fit raises before anything is written."""
   images = jax.ShapeDtypeStruct((batch_size, *network.image_shape), jnp.float32)
-  variables = {"params": shapes.params, "batch_stats": shapes.batch_stats}
+  variables = {"params": shapes.params, **shapes.collections}
   jax.eval_shape(network.train_logits, variables, images)
 
 

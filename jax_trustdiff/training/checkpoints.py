@@ -8,6 +8,8 @@ import os
 import pathlib
 import shutil
 import sys
+import traceback
+import types
 from typing import Any
 
 import jax
@@ -220,6 +222,11 @@ def _disk_is_full(error: BaseException) -> bool:
   return False
 
 
+def _through_orbax(trace: types.TracebackType | None) -> bool:
+  """Whether code of Orbax is in the traceback."""
+  return any("orbax" in frame.filename for frame in traceback.extract_tb(trace))
+
+
 class _Quiet(logging.Filter):
   """Once installed, drops what Orbax's threads print of errors that are raised to their caller as well."""
 
@@ -239,10 +246,11 @@ class _Quiet(logging.Filter):
       sys.unraisablehook = self._hook_before
 
   def filter(self, record: logging.LogRecord) -> bool:
-    """False for a traceback that Orbax logs, and for asyncio's of a task of Orbax."""
-    from_orbax = record.exc_info and "orbax" in record.pathname
+    """False for a traceback that Orbax logs, and for what asyncio logs of a task or future of Orbax."""
+    from_orbax = record.exc_info and ("orbax" in record.pathname or _through_orbax(record.exc_info[2]))
     text = record.getMessage()
-    return not (from_orbax or (text.startswith("Task exception was never retrieved") and "orbax" in text))
+    # asyncio says this of a Task, a Future or a _GatheringFuture, with or without the exception itself
+    return not (from_orbax or ("exception was never retrieved" in text and "orbax" in text))
 
   def _unraisable(self, found) -> None:
     # TensorStore's threads: a read or write that failed has been reported, and its event loop is gone.

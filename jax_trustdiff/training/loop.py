@@ -202,7 +202,8 @@ class _Trace:
   def before(self, step: int) -> None:
     """The dispatch that starts at `step` comes next."""
     if self._plan.traces_at(step) and not self._tracing:
-      jax.profiler.start_trace(str(self._folder))
+      # a folder of its own: the profiler names its files by the second
+      jax.profiler.start_trace(str(self._folder / f"from_step_{step}"))
       self._tracing = True
 
   def after(self, step: int, state: TrainState) -> None:

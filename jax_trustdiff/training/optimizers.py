@@ -110,6 +110,28 @@ def step_decay(
   return Schedule(rate, lambda step: _float(momentum))
 
 
+def rampup(
+  learning_rate: float, batch_size: int, rampup_images: int = 10_000_000, decay_images: int = 0
+) -> Schedule:
+  """`learning_rate` times min(n / rampup_images, 1), n the images seen before the step; 0 at the first one.
+
+  The ramp of Karras et al. 2022 (arXiv:2206.00364, appendix F.3). With decay_images > 0 also divided by
+  sqrt(max(n / decay_images, 1)), as Karras et al. 2024 have it (arXiv:2312.02696, eq. 67). rampup_images 0: no ramp.
+  """
+  if rampup_images < 0 or decay_images < 0:
+    raise InputError(
+      f"schedule 'rampup' takes numbers of images, found rampup_images={rampup_images} and decay_images={decay_images}"
+    )
+
+  def rate(step):
+    seen = _float(step) * batch_size
+    ramp = jnp.minimum(seen / rampup_images, 1) if rampup_images else 1.0
+    decay = jax.lax.rsqrt(jnp.maximum(seen / decay_images, 1)) if decay_images else 1.0
+    return _float(learning_rate * ramp * decay)
+
+  return Schedule(rate, lambda step: _float(0.9))
+
+
 SCHEDULES = {
   "constant": constant,
   "one_cycle_epochs": one_cycle_epochs,
@@ -117,6 +139,8 @@ SCHEDULES = {
   "cosine": cosine,
   "step_decay": step_decay,
 }
+IMAGE_SCHEDULES = {"rampup": rampup}  # counted in images, not in epochs
+ALL_SCHEDULES = SCHEDULES | IMAGE_SCHEDULES
 
 
 def sgd(
@@ -147,14 +171,16 @@ def adamw(
   b2: float = 0.999,
   no_decay: str = r"norm|bias",
   clip_norm: float = 0.0,
+  eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-  """AdamW with decoupled weight decay; the schedule's momentum is not used (Adam has b1)."""
+  """AdamW with decoupled weight decay, without it Adam; the schedule's momentum is not used (Adam has b1)."""
   return optax.chain(
     optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity(),
     optax.adamw(
       schedule.learning_rate,
       b1,
       b2,
+      eps,
       weight_decay=weight_decay,
       mask=lambda params: decay_mask(params, no_decay),
     ),

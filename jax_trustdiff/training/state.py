@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from jax_trustdiff import parallel
+from jax_trustdiff.training.ema import power_update
 from jax_trustdiff.types import PyTree, Variables
 
-# (params, batch_stats, batch, key, step) -> (scalar loss, (new batch_stats, metrics: dict of scalars))
+# (params, collections, batch, key, step) -> (scalar loss, (new collections, metrics: dict of scalars))
 LossFn = Callable[[PyTree, PyTree, Any, jax.Array, jax.Array], tuple[jax.Array, tuple[PyTree, dict]]]
 StepFn = Callable[["TrainState", Any], tuple["TrainState", dict]]
 
@@ -25,18 +26,22 @@ class TrainState:
   step: PyTree  # [] int32, optimizer steps taken
   key: PyTree  # [] typed key of the run, never changed: the key of step s is fold_in(key, s)
   params: PyTree  # float32
-  batch_stats: PyTree  # running statistics of batch normalisation, float32; {} without
+  collections: PyTree  # the other collections of the variables by name: running statistics, constants
   ema: PyTree  # averaged parameters, float32
+  power_averages: PyTree  # a tuple of power-function averages, one for each std asked for (see `training.ema`)
   opt_state: PyTree
 
   @property
   def ema_variables(self) -> Variables:
-    """The averaged parameters with the running statistics of the raw model: what is evaluated and exported."""
-    return {"params": self.ema, "batch_stats": self.batch_stats}
+    """The averaged parameters with the other collections of the raw model: what is evaluated and exported."""
+    return {"params": self.ema, **self.collections}
 
 
 def create(
-  init: Callable[[jax.Array], Variables], optimizer: optax.GradientTransformation, key: jax.Array
+  init: Callable[[jax.Array], Variables],
+  optimizer: optax.GradientTransformation,
+  key: jax.Array,
+  num_power_averages: int = 0,
 ) -> TrainState:
   """A fresh state: parameters from one half of `key`, the run's own key from the other."""
   init_key, run_key = jax.random.split(key)
@@ -46,8 +51,9 @@ def create(
     step=jnp.zeros([], jnp.int32),
     key=run_key,
     params=params,
-    batch_stats=variables.get("batch_stats", {}),
+    collections={name: value for name, value in variables.items() if name != "params"},
     ema=jax.tree.map(jnp.copy, params),
+    power_averages=tuple(jax.tree.map(jnp.copy, params) for _ in range(num_power_averages)),
     opt_state=optimizer.init(params),
   )
 
@@ -57,13 +63,14 @@ def shapes(
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
   rules: tuple[tuple[str, Any], ...],
+  num_power_averages: int = 0,
 ) -> TrainState:
   """The shapes, types and shardings of what `create` makes: a TrainState of ShapeDtypeStructs; nothing is computed.
 
   rules: (regex, rule) pairs of `parallel.shardings`; InputError for a rule that is unknown or does not fit the
   shape of an array it is for.
   """
-  abstract = jax.eval_shape(lambda key: create(init, optimizer, key), jax.random.key(0))
+  abstract = jax.eval_shape(lambda key: create(init, optimizer, key, num_power_averages), jax.random.key(0))
   shardings = parallel.shardings(mesh, abstract, rules)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
@@ -74,22 +81,24 @@ def create_sharded(
   key: jax.Array,
   mesh: jax.sharding.Mesh,
   rules: tuple[tuple[str, Any], ...],
+  num_power_averages: int = 0,
 ) -> TrainState:
   """`create`, with every array born in its shards; InputError as `shapes`."""
-  shardings = jax.tree.map(lambda x: x.sharding, shapes(init, optimizer, mesh, rules))
-  born = jax.jit(lambda key: create(init, optimizer, key), out_shardings=shardings)
+  shardings = jax.tree.map(lambda x: x.sharding, shapes(init, optimizer, mesh, rules, num_power_averages))
+  born = jax.jit(lambda key: create(init, optimizer, key, num_power_averages), out_shardings=shardings)
   return born.lower(key).compile(compiler_options=parallel.quick_compilation())(key)
 
 
 def with_variables(state: TrainState, variables: Variables) -> TrainState:
-  """`state` with its parameters, their average and the statistics replaced, each leaf put where it was."""
-
+  """`state` with its parameters, their averages and the other collections replaced, each leaf put where it was."""
   params = variables["params"]
+  collections = {name: value for name, value in variables.items() if name != "params"}
   return dataclasses.replace(
     state,
     params=parallel.place(params, state.params),
     ema=parallel.place(params, state.ema),
-    batch_stats=parallel.place(variables.get("batch_stats", {}), state.batch_stats),
+    power_averages=tuple(parallel.place(params, average) for average in state.power_averages),
+    collections=parallel.place(collections, state.collections),
   )
 
 
@@ -98,48 +107,51 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   decay: Callable[[jax.Array], jax.Array],
   accumulate: int = 1,
+  power_stds: tuple[float, ...] = (),
 ) -> StepFn:
   """The step (state, batch) -> (state, metrics): loss, gradient, update, average; nothing is compiled here.
 
-  decay(t) is the factor of the parameter average at step t = 1, 2, ... (`optimizers.ema_decay`).
+  decay(t) is the factor of the parameter average at step t = 1, 2, ... (`optimizers.ema_decay`, `ema.half_life_decay`).
+  power_stds: of the state's power-function averages.
   accumulate > 1 splits the batch into that many micro-batches, one after the other: gradients and metrics are
   averaged, each micro-batch has its own key and its own batch-normalisation statistics (ghost batch
   normalisation), and running statistics move once per micro-batch.
   """
   value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
-  def micro_step(params, batch_stats, batch, key, step):
-    (loss, (batch_stats, metrics)), grads = value_and_grad(params, batch_stats, batch, key, step)
-    return grads, batch_stats, {"loss": loss, **metrics}
+  def micro_step(params, collections, batch, key, step):
+    (loss, (collections, metrics)), grads = value_and_grad(params, collections, batch, key, step)
+    return grads, collections, {"loss": loss, **metrics}
 
-  def accumulated(params, batch_stats, batch, key, step):
+  def accumulated(params, collections, batch, key, step):
     # Row i*accumulate + a goes to micro-batch a, so that rows sharded over devices stay where they are.
     split = jax.tree.map(
       lambda x: jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1), batch
     )
 
     def body(carry, item):
-      total, batch_stats = carry
+      total, collections = carry
       index, micro = item
-      grads, batch_stats, metrics = micro_step(
-        params, batch_stats, micro, jax.random.fold_in(key, index), step
+      grads, collections, metrics = micro_step(
+        params, collections, micro, jax.random.fold_in(key, index), step
       )
-      return (jax.tree.map(jnp.add, total, grads), batch_stats), metrics
+      return (jax.tree.map(jnp.add, total, grads), collections), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    (grads, batch_stats), metrics = jax.lax.scan(body, (zeros, batch_stats), (jnp.arange(accumulate), split))
-    return jax.tree.map(lambda g: g / accumulate, grads), batch_stats, jax.tree.map(jnp.mean, metrics)
+    (grads, collections), metrics = jax.lax.scan(body, (zeros, collections), (jnp.arange(accumulate), split))
+    return jax.tree.map(lambda g: g / accumulate, grads), collections, jax.tree.map(jnp.mean, metrics)
 
   def train_step(state: TrainState, batch) -> tuple[TrainState, dict]:
     key = jax.random.fold_in(state.key, state.step)
     grads_of = accumulated if accumulate > 1 else micro_step
-    grads, batch_stats, metrics = grads_of(state.params, state.batch_stats, batch, key, state.step)
+    grads, collections, metrics = grads_of(state.params, state.collections, batch, key, state.step)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     factor = decay(state.step + 1)
     ema = jax.tree.map(lambda e, p: (factor * e + (1 - factor) * p).astype(e.dtype), state.ema, params)
+    powers = power_update(state.power_averages, params, state.step + 1, power_stds)
     metrics = {**metrics, "grad_norm": _global_norm(grads)}
-    new_state = TrainState(state.step + 1, state.key, params, batch_stats, ema, opt_state)
+    new_state = TrainState(state.step + 1, state.key, params, collections, ema, powers, opt_state)
     return new_state, metrics
 
   return train_step

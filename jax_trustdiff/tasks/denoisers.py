@@ -1,0 +1,150 @@
+"""Diffusion models from configs and from files: networks, preconditionings, denoisers, and the exports that hold them."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_trustdiff import config as config_lib
+from jax_trustdiff.diffusion.denoisers import (
+  PRECONDITIONINGS,
+  Denoiser,
+  Preconditioning,
+)
+from jax_trustdiff.diffusion.samplers import SAMPLERS
+from jax_trustdiff.interop import edm_names, edm_snapshot, export
+from jax_trustdiff.models.registry import DIFFUSION_NETWORKS
+from jax_trustdiff.types import DiffusionNetwork, InputError, Variables
+
+# a part of a config, or a dict: 'name' and the keyword arguments of what it builds
+Section = Mapping[str, Any] | config_lib.ConfigDict
+SNAPSHOT = ".pkl"
+
+
+def build_network(
+  section: Section, image_shape: tuple[int, int, int], num_classes: int, num_augment_labels: int = 0
+) -> DiffusionNetwork:
+  """The network F of a section of DIFFUSION_NETWORKS, for images [h w c] and labels of these widths (0: none).
+
+  InputError for an unknown name or argument, and for a network that cannot have such labels.
+  """
+  wired = dict(image_shape=tuple(image_shape), num_classes=num_classes)
+  if section["name"] != "uvit":
+    return config_lib.build(DIFFUSION_NETWORKS, section, **wired, num_augment_labels=num_augment_labels)
+  if num_augment_labels:
+    raise InputError("model 'uvit' takes no augmentation labels: switch the augmentation off")
+  return config_lib.build(DIFFUSION_NETWORKS, section, **wired)
+
+
+def build_preconditioning(section: Section) -> Preconditioning:
+  """The preconditioning of a section of PRECONDITIONINGS."""
+  return config_lib.build(PRECONDITIONINGS, section)
+
+
+def build_sampler(section: Section, preconditioning: Preconditioning) -> Any:
+  """The sampler of a section of SAMPLERS, at noise levels that a denoiser with this preconditioning knows.
+
+  Its range of sigma is cut to that of the preconditioning, and where that knows whole times only, noise levels are
+  rounded to them (Karras et al. 2022, released code).
+  """
+  sampler = config_lib.build(SAMPLERS, section)
+  fields, changes = {field.name for field in dataclasses.fields(sampler)}, {}
+  if {"sigma_min", "sigma_max"} <= fields:
+    changes["sigma_min"] = max(sampler.sigma_min, float(preconditioning.sigma_min))
+    changes["sigma_max"] = min(sampler.sigma_max, float(preconditioning.sigma_max))
+  if "round_to" in fields and getattr(preconditioning, "whole_times", False):
+    changes["round_to"] = preconditioning.process
+  return dataclasses.replace(sampler, **changes)
+
+
+def model_section(section: Section, network: DiffusionNetwork) -> dict[str, Any]:
+  """A section of DIFFUSION_NETWORKS completed with what the data decided: what an export stores and is built from."""
+  wired = ("image_shape", "num_classes", "num_augment_labels")[: 2 if section["name"] == "uvit" else 3]
+  return config_lib.to_plain(section) | {name: getattr(network, name) for name in wired}
+
+
+def save_denoiser(
+  directory: str | os.PathLike,
+  model: Section,
+  denoiser: Section,
+  variables: Variables,
+  extra: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes the export of a diffusion model: model.safetensors and model.json, each whole or not at all.
+
+  model: complete (`model_section`). denoiser: a section of PRECONDITIONINGS; its infinite values are left out, since JSON
+  has none. extra: JSON kept beside it, such as 'class_names', 'sampler' and 'metrics'.
+  """
+  denoiser = config_lib.to_plain(denoiser)
+  stored = {key: value for key, value in denoiser.items() if value != float("inf")}
+  if build_preconditioning(stored) != build_preconditioning(denoiser):
+    raise InputError(f"the section {denoiser} of the denoiser cannot be stored: it holds infinite values")
+  export.save_export(directory, config_lib.to_plain(model), variables, {"denoiser": stored} | (extra or {}))
+
+
+def load_denoiser(path: str | os.PathLike) -> Denoiser:
+  """The denoiser D(x; sigma) of an export folder or of an EDM snapshot (.pkl), its variables on the default device.
+
+  Without labels: `dataclasses.replace(denoiser, class_labels=...)` makes a conditional one. It computes in the dtype of
+  the export, or in float32 for a snapshot. Nothing in a snapshot is executed. InputError, in one line, if there is
+  nothing to read or it is no diffusion model.
+  """
+  path = pathlib.Path(path)
+  if path.suffix == SNAPSHOT and not path.is_dir():
+    snapshot = edm_snapshot.read_snapshot(path)
+    with edm_snapshot.about(path):
+      preconditioning = build_preconditioning(snapshot.denoiser_section)
+      _check_levels(preconditioning, snapshot.state_dict)
+      network, variables = snapshot.network, snapshot.variables
+  else:
+    network, variables, meta = export.load_export(path)
+    with edm_snapshot.about(path):
+      preconditioning = build_preconditioning(_denoiser_section(network, meta))
+  return Denoiser(network, preconditioning, jax.tree.map(jax.numpy.asarray, variables))
+
+
+def describe(path: str | os.PathLike) -> dict[str, Any]:
+  """What an export folder or an EDM snapshot says about its diffusion model, arrays left out.
+
+  Always there: 'model' and 'denoiser' (sections), 'image_shape', 'num_classes', 'class_names' and 'sampler' (None where
+  they are not stored). Beside them everything else in model.json, or 'dataset' with the arguments of the training set.
+  """
+  path = pathlib.Path(path)
+  if path.suffix == SNAPSHOT and not path.is_dir():
+    snapshot = edm_snapshot.read_snapshot(path)
+    with edm_snapshot.about(path):
+      network, meta = snapshot.network, {"dataset": snapshot.dataset_kwargs}
+      meta |= {"model": snapshot.model_section, "denoiser": snapshot.denoiser_section}
+  else:
+    network, meta = export.load_network(path)
+    with edm_snapshot.about(path):
+      _denoiser_section(network, meta)
+  names = meta.get("class_names")
+  found = {"sampler": None} | meta
+  found |= {"image_shape": network.image_shape, "num_classes": network.num_classes}
+  return found | {"class_names": None if names is None else tuple(names)}
+
+
+def _denoiser_section(network: Any, meta: Mapping[str, Any]) -> dict[str, Any]:
+  """meta['denoiser'] of a diffusion model; InputError without one."""
+  if not isinstance(network, DiffusionNetwork):
+    raise InputError(f"holds a classifier ({meta['model']['name']}), no diffusion model")
+  section = meta.get("denoiser")
+  if not isinstance(section, dict) or not isinstance(section.get("name"), str):
+    known = ", ".join(PRECONDITIONINGS)
+    raise InputError(f"{export.DESCRIPTION} needs 'denoiser': {{'name': one of {known}, ...}}")
+  return section
+
+
+def _check_levels(preconditioning: Preconditioning, state_dict: Mapping[str, np.ndarray]) -> None:
+  """InputError unless the noise levels stored with an iDDPM denoiser are those of its preconditioning."""
+  levels = state_dict.get(edm_names.IDDPM_TABLE)
+  if levels is None or not getattr(preconditioning, "whole_times", False):
+    return
+  wanted = np.append(preconditioning.process.sigmas[::-1], 0)
+  if levels.shape != wanted.shape or not np.allclose(levels, wanted, rtol=1e-3, atol=0):
+    raise InputError("its noise levels 'u' are not those of its preconditioning")

@@ -1,0 +1,370 @@
+"""Generates images by id from a diffusion model into an image store, as fast as the devices allow and as often as it dies.
+
+Image i is a function of the model, the sampler, the seed and i alone (`sampling.ImageSampler`), and a shard of the store is
+there whole or not at all (`data.image_store`). So work is shared out without talking: worker w of n makes the shards s with
+s mod n = w, the processes of a multi-host run are workers of their own, and whoever finds all shards complete writes the
+manifest.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_trustdiff import config as config_lib
+from jax_trustdiff import parallel
+from jax_trustdiff.data.image_store import ImageStore, StorePlan, check_place
+from jax_trustdiff.data.readers import read_npy
+from jax_trustdiff.diffusion.denoisers import Denoiser
+from jax_trustdiff.diffusion.guidance import LabelGuidance
+from jax_trustdiff.evaluation import report
+from jax_trustdiff.tasks import denoisers, reports
+from jax_trustdiff.tasks.sampling import ImageSampler, balanced_labels, random_labels
+from jax_trustdiff.training.progress import ProgressReport, duration, say
+from jax_trustdiff.training.workdir import Workdir, write_atomically
+from jax_trustdiff.types import InputError, Stopped
+
+UNTRAINED = "untrained"
+UNLABELLED = "unlabelled"
+MOST_CLASSES_SHOWN = 20  # as metrics of their own
+
+LabelsOf = Callable[[np.ndarray], np.ndarray]  # ids [n] -> labels [n]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A diffusion model with what its file says of it."""
+
+  denoiser: Denoiser
+  class_names: tuple[str, ...]  # () where there are none
+  fingerprint: str  # SHA-256 of its description and its arrays
+
+
+def run(config, workdir: Workdir) -> dict[str, float]:
+  """Makes the shards of this worker that are missing and returns what the store, or this worker's part of it, holds.
+
+  num_images and count/<class> (counted in the labels), nfe, and of this session generated, seconds and images_per_second.
+  """
+  worker, num_workers = _worker(config)
+  mesh = parallel.make_local_mesh()
+  model = load_model(config)
+  labels_of, labels_origin = _labels(config, model.denoiser)
+  sampler = _sampler(config, model.denoiser, mesh)
+  plan = _plan(config, model, labels_origin, sampler.micro_batch)
+  path = pathlib.Path(config.generate.store).expanduser() if config.generate.store else workdir / "images"
+  check_place(path, plan)
+  reports.check(config)
+
+  workdir.open()
+  parallel.barrier("workdir")
+  store = ImageStore(path, plan)
+  made, seconds = _generate(
+    config, store, sampler, model.denoiser, labels_of, range(worker, plan.num_shards, num_workers)
+  )
+  parallel.barrier("shards")
+  sha256 = store.finish()
+  missing = store.missing()
+  if sha256:
+    say(f"complete: {plan.num_images:,} images in {path}, SHA-256 of the manifest {sha256}")
+  else:
+    say(
+      f"{plan.num_shards - len(missing)} of {plan.num_shards} shards are there; the last worker writes the manifest"
+    )
+  shards = [s for s in range(plan.num_shards) if s not in missing]
+  labels = np.concatenate([np.zeros(0, np.int32), *(store.read(shard)["labels"] for shard in shards)])
+  counts = np.bincount(labels, minlength=plan.num_classes)
+  metrics = {"num_images": len(labels), "generated": made, "seconds": seconds}
+  metrics |= {"images_per_second": made / seconds if made else 0.0, "nfe": sampler.nfe}
+  names = plan.class_names or tuple(map(str, range(plan.num_classes)))
+  if len(names) <= MOST_CLASSES_SHOWN:
+    metrics |= {f"count/{name}": int(count) for name, count in zip(names, counts, strict=True)}
+  if parallel.is_main_process() and shards:
+    about = {"store": str(path), "manifest_sha256": sha256, "missing_shards": len(missing)}
+    write_atomically(workdir / "store.json", json.dumps(about, indent=2) + "\n")
+    _report(config, workdir, store, shards, names, metrics, sha256)
+  return metrics
+
+
+def load_model(config) -> Model:
+  """The model of config.init_from, or with 'untrained' a freshly initialised one of config.untrained."""
+  if not config.init_from:
+    raise InputError(
+      "init_from is empty: give the export folder or EDM snapshot (.pkl) of a diffusion model, "
+      "--config.init_from=<run>/export"
+    )
+  if config.init_from == UNTRAINED:
+    new = config_lib.to_plain(config.untrained)
+    network = denoisers.build_network(new["model"], tuple(new["image_shape"]), new["num_classes"])
+    preconditioning = denoisers.build_preconditioning(new["preconditioning"])
+    denoiser = Denoiser(network, preconditioning, jax.jit(network.init)(jax.random.key(config.seed)))
+    described = {
+      "model": new["model"],
+      "denoiser": new["preconditioning"],
+    }
+    described, names = described | {"shape": network.image_shape, "num_classes": network.num_classes}, ()
+  else:
+    denoiser, about = denoisers.load_denoiser(config.init_from), denoisers.describe(config.init_from)
+    described, names = {key: about[key] for key in ("model", "denoiser")}, about["class_names"] or ()
+  if config.generate.dtype:
+    network = dataclasses.replace(denoiser.network, dtype=config.generate.dtype)
+    denoiser = dataclasses.replace(denoiser, network=network)
+  return Model(denoiser, tuple(names), _fingerprint(described, denoiser.variables))
+
+
+def _fingerprint(described: Any, variables: Any) -> str:
+  digest = hashlib.sha256(json.dumps(config_lib.to_plain(described), sort_keys=True).encode())
+  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+    array = np.asarray(leaf, order="C")
+    digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+    digest.update(array.reshape(-1).view(np.uint8))
+  return digest.hexdigest()
+
+
+def _worker(config) -> tuple[int, int]:
+  """(number of this worker, how many there are), every process of a multi-host run counted as one."""
+  section = config.generate
+  if not 0 <= section.worker < section.num_workers:
+    raise InputError(
+      f"generate.worker={section.worker} of generate.num_workers={section.num_workers}: workers are 0, 1, ..."
+    )
+  if section.num_workers > 1 and not section.store:
+    raise InputError("several workers need one store: give all of them the same --config.generate.store=DIR")
+  processes = jax.process_count()
+  return section.worker * processes + jax.process_index(), section.num_workers * processes
+
+
+def _labels(config, denoiser: Denoiser) -> tuple[LabelsOf | None, Any]:
+  """(labels of ids, what the provenance says of them); None for no labels. InputError for what the model does not have."""
+  section, num_classes = config.generate, denoiser.network.num_classes
+  asked = section.labels
+  if asked == "none":
+    return None, asked
+  if not num_classes:
+    raise InputError(f"the model has no classes: generate.labels={asked!r} is not possible, set it to 'none'")
+  if asked == "balanced":
+    return lambda ids: balanced_labels(ids, num_classes), asked
+  if asked == "random":
+    return lambda ids: random_labels(ids, num_classes, config.seed), asked
+  if asked.isdecimal():
+    if int(asked) >= num_classes:
+      raise InputError(f"generate.labels={asked}: the model's classes are 0..{num_classes - 1}")
+    return lambda ids: np.full(len(ids), int(asked), np.int32), int(asked)
+  if not asked.endswith(".npy"):
+    raise InputError(
+      f"unknown generate.labels={asked!r}; there are 'balanced', 'random', 'none', the number of a class, "
+      "and a .npy file of labels"
+    )
+  return _labels_from_file(pathlib.Path(asked).expanduser(), section, num_classes)
+
+
+def _labels_from_file(file: pathlib.Path, section, num_classes: int) -> tuple[LabelsOf, Any]:
+  if not file.is_file():
+    raise InputError(f"generate.labels: no such file {file}")
+  labels = np.asarray(read_npy(file))
+  if labels.shape != (section.num_images,) or not np.issubdtype(labels.dtype, np.integer):
+    raise InputError(
+      f"{file} holds {labels.dtype} {list(labels.shape)}; expected an integer for each of the "
+      f"{section.num_images} images, [{section.num_images}]"
+    )
+  bad = labels.min() if labels.min() < 0 else labels.max()
+  if not 0 <= bad < num_classes:
+    raise InputError(f"{file}: label {bad}; the model's classes are 0..{num_classes - 1}")
+  labels = labels.astype(np.int32)
+  return lambda ids: labels[ids - section.first_id], hashlib.sha256(labels.tobytes()).hexdigest()
+
+
+def _sampler(config, denoiser: Denoiser, mesh) -> ImageSampler:
+  section, guidance = config.generate, config_lib.to_plain(config.guidance)
+  guide = None
+  if guidance["scale"] != 1:
+    if section.labels == "none" or not denoiser.network.num_classes:
+      raise InputError(f"guidance.scale={guidance['scale']} needs a model with classes, and labels")
+    guide = lambda denoiser: LabelGuidance(denoiser, **guidance)  # noqa: E731
+  if section.micro_batch < 1:
+    raise InputError(f"generate.micro_batch must be at least 1, found {section.micro_batch}")
+  return ImageSampler(
+    denoisers.build_sampler(config_lib.to_plain(config.sampler), denoiser.preconditioning),
+    denoiser.network.image_shape,
+    mesh,
+    section.batch_size,
+    config.seed,
+    section.micro_batch,
+    guide,
+  )
+
+
+def _plan(config, model: Model, labels_origin: Any, micro_batch: int) -> StorePlan:
+  section, network = config.generate, model.denoiser.network
+  for name, low in (("num_images", 1), ("images_per_shard", 1), ("first_id", 0)):
+    if section[name] < low:
+      raise InputError(f"generate.{name} must be at least {low}, found {section[name]}")
+  if section.first_id + section.num_images > 2**31:
+    raise InputError(f"image ids lie below 2^31; found {section.first_id + section.num_images - 1}")
+  labelled = section.labels != "none"
+  return StorePlan(
+    num_images=section.num_images,
+    images_per_shard=section.images_per_shard,
+    image_shape=tuple(network.image_shape),
+    num_classes=network.num_classes if labelled else 1,
+    class_names=model.class_names if labelled else (UNLABELLED,),
+    provenance={
+      "model": model.fingerprint,
+      "dtype": network.dtype,
+      "sampler": config_lib.to_plain(config.sampler),
+      "guidance": config_lib.to_plain(config.guidance),
+      "seed": config.seed,
+      "first_id": section.first_id,
+      "labels": labels_origin,
+      "micro_batch": micro_batch,
+    },
+  )
+
+
+def _generate(
+  config,
+  store: ImageStore,
+  sampler: ImageSampler,
+  denoiser: Denoiser,
+  labels_of: LabelsOf | None,
+  shards: range,
+) -> tuple[int, float]:
+  """Makes those of `shards` that are missing: (images made, seconds it took). Stopped after SIGTERM."""
+  todo = _todo(store, shards, config.generate.verify)
+  plan = store.plan
+  total, left = (sum(len(plan.rows(shard)) for shard in part) for part in (shards, todo))
+  say(
+    f"{total - left:,} of {total:,} images are there already"
+    if left < total
+    else f"{total:,} images to generate"
+  )
+  if not todo:
+    return 0, 0.0
+  _check_space(store, left)
+  denoiser = parallel.replicate_to_devices(sampler.mesh, denoiser)
+  began, made = time.perf_counter(), 0
+  with _stop_signals(), ProgressReport("image", total, total - left) as progress:
+    estimate = _Estimate(left)
+
+    def update(count):
+      estimate(made + count)
+      progress.update(total - left + made + count)
+
+    for shard in todo:
+      ids = config.generate.first_id + np.asarray(plan.rows(shard), np.int64)
+      labels = None if labels_of is None else labels_of(ids)
+      images = sampler(denoiser, ids, labels, progress=update)
+      store.write(shard, images, np.zeros(len(ids), np.int32) if labels is None else labels, ids)
+      made += len(ids)
+  return made, time.perf_counter() - began
+
+
+def _todo(store: ImageStore, shards: range, verify: bool) -> list[int]:
+  found = {shard: store.fault(shard, thorough=verify) for shard in shards}
+  for shard, fault in found.items():
+    if fault:
+      say(f"{fault}: shard {shard} is made again")
+  return [shard for shard, fault in found.items() if fault is not None]
+
+
+def _check_space(store: ImageStore, num_images: int) -> None:
+  needed, free = (
+    store.plan.bytes_of_images * num_images // store.plan.num_images,
+    shutil.disk_usage(store.path).free,
+  )
+  say(f"estimate: {_size(needed)} in {store.path}, of {_size(free)} free")
+  if needed > free:
+    raise InputError(
+      f"the images need {_size(needed)} in {store.path} and {_size(free)} are free: take another store"
+    )
+
+
+class _Estimate:
+  """Says once, as soon as a program that is compiled has run, how long the rest takes."""
+
+  def __init__(self, total: int):
+    self._total, self._first, self._said = total, None, False
+
+  def __call__(self, done: int) -> None:
+    now = time.perf_counter()
+    if self._first is None:
+      self._first = (now, done)
+    elif not self._said and done > self._first[1] and now - self._first[0] > 1:
+      self._said = True
+      speed = (done - self._first[1]) / (now - self._first[0])
+      say(f"estimate: {speed:,.1f} images/s, about {duration((self._total - done) / speed)} to go")
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+  """SIGTERM raises Stopped at once: nothing is half written. A second one kills."""
+
+  def handler(number, frame):
+    del frame
+    signal.signal(number, signal.SIG_DFL)
+    raise Stopped("every shard written so far is kept; the same command goes on from there", 128 + number)
+
+  try:
+    before = signal.signal(signal.SIGTERM, handler)
+  except ValueError:  # not the main thread (a notebook server): its owner has the signals
+    yield
+    return
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def _report(config, workdir: Workdir, store: ImageStore, shards: list[int], names, metrics, sha256) -> None:
+  """A grid of the first images of each class and report.html, in workdir/report."""
+  folder = workdir / "report"
+  folder.mkdir(exist_ok=True)
+  images, columns, caption = _shown(store, shards, names, config.report.num_images)
+  report.image_grid(images, folder / "samples.png", columns=columns)
+  plan = store.plan
+  report.html_report(
+    folder / "report.html",
+    title=f"{metrics['num_images']:,} generated images",
+    summary=(
+      f"{metrics['num_images']:,} of {plan.num_images:,} images of {list(plan.image_shape)} in {store.path}, "
+      f"{metrics['nfe']:g} evaluations of the denoiser for an image. "
+      + (f"SHA-256 of the manifest: {sha256}." if sha256 else "Other workers are not done yet.")
+    ),
+    metrics=metrics,
+    figures=[(folder / "samples.png", caption)],
+    tables=[("Origin of the images", ["", "value"], [[k, str(v)] for k, v in plan.provenance.items()])],
+    config_text=config_lib.to_json(config),
+    info=workdir.information(),
+  )
+
+
+def _shown(store: ImageStore, shards: list[int], names, number: int) -> tuple[np.ndarray, int, str]:
+  """(images in the order of their classes, columns of their grid, its caption)."""
+  count = min(len(names), number)
+  classes = np.unique(np.linspace(0, len(names) - 1, count).round().astype(int))
+  each = max(1, number // len(classes))
+  found = {label: [] for label in classes}
+  for shard in shards:
+    part = store.read(shard)
+    for label in classes:
+      rows = np.flatnonzero(part["labels"] == label)[: each - len(found[label])]
+      found[label].extend(np.asarray(part["images"][rows]))
+    if all(len(images) == each for images in found.values()):
+      break
+  images = np.stack([image for images in found.values() for image in images])
+  if len(classes) == 1:
+    return images, int(np.ceil(np.sqrt(len(images)))), f"The first {len(images)} images"
+  return images, each, f"The first {each} images of each of {len(classes)} classes, a row for each class"
+
+
+def _size(count: int) -> str:
+  unit = next(u for u in (2**40, 2**30, 2**20, 2**10) if count >= u or u == 2**10)
+  return f"{count / unit:.1f} {dict(zip((2**40, 2**30, 2**20, 2**10), ('TiB', 'GiB', 'MiB', 'KiB'), strict=True))[unit]}"
