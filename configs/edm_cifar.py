@@ -87,6 +87,7 @@ def get_config(variant: str = "") -> ConfigDict:
     batch_size=512,
     num_pictures=64,
     num_samples=10_000,  # for FID; 0: none
+    metrics_every=20_000,  # steps between validations with FID; the first and the last have it anyway
     num_reference=0,  # training images; 0: all
   )
   config.metrics = dict(
@@ -216,19 +217,21 @@ def _config_a(config):
   config.ema.update(half_life=88_700 if config.model.name == "ncsnpp" else 887_000, rampup_ratio=0.0)
   config.model.dropout = 0.1
   config.train.update(batch_size=128, checkpoint_every=20_000, validate_every=80_000)
+  config.eval.metrics_every = 80_000
 
 
 def _short(config):
   config.schedule.rampup_images = 1_000_000
   config.train.update(num_images=20_000_000, validate_every=5000, checkpoint_every=2500)
+  config.eval.metrics_every = 10_000
 
 
 def _cpu(config):
-  """A U-Net of two levels on 28x28 greyscale images."""
+  """A U-Net of three levels on 28x28 greyscale images."""
   config.data = dict(name="idx", path="data/fashion_mnist", num_classes=10)
   config.model.update(
-    model_channels=32,
-    channel_mult=(1, 2),
+    model_channels=16,
+    channel_mult=(1, 2, 4),
     num_blocks=1,
     attention_resolutions=(),
     dropout=0.0,
@@ -241,14 +244,14 @@ def _cpu(config):
   config.sampler.num_steps = 12
   config.train.update(
     batch_size=64,
-    num_images=100_000,
+    num_images=64_000,
     num_validation=512,
     log_every=20,
-    checkpoint_every=400,
-    validate_every=400,
+    checkpoint_every=200,
+    validate_every=100,
   )
-  config.eval.update(batch_size=100, num_pictures=64, num_samples=1000, num_reference=5000)
-  config.metrics.update(batch_size=10, kid_subset_size=500)
+  config.eval.update(batch_size=100, num_pictures=64, num_samples=1000, num_reference=1000, metrics_every=0)
+  config.metrics.update(batch_size=8, kid_subset_size=500)
 
 
 def _digits(config):

@@ -42,8 +42,6 @@ SECTIONS = {
     "jax_trustdiff.training.optimizers:ALL_SCHEDULES",
     ("num_epochs", "steps_per_epoch", "batch_size"),
   ),
-  "sampler": ("jax_trustdiff.diffusion.samplers:SAMPLERS", ()),
-  "loss": ("jax_trustdiff.diffusion.losses:LOSSES", ()),
   "eval.*attack": ("jax_trustdiff.attacks.pgd:ATTACKS", ()),
 }
 _PACKAGE = pathlib.Path(__file__).resolve().parent

@@ -93,6 +93,7 @@ def test_reference_in_float32(reference, name):
 
 
 # mean |x0| of the reference for further choices, same inputs (float64)
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "discretization, schedule, scaling, solver, mean",
   [
@@ -125,9 +126,17 @@ WORLD = GaussianMixture(
 
 
 @pytest.mark.parametrize(
-  "solver, alpha, order", [("euler", 1.0, 1), ("heun", 1.0, 2), ("heun", 0.5, 2), ("heun", 2 / 3, 2)]
+  "solver, alpha, order",
+  [
+    ("euler", 1.0, 1),
+    ("heun", 1.0, 2),
+    pytest.param("heun", 0.5, 2, marks=pytest.mark.slow),
+    ("heun", 2 / 3, 2),
+  ],
 )
-@pytest.mark.parametrize("schedule, scaling", [("linear", "none"), ("vp", "vp")])
+@pytest.mark.parametrize(
+  "schedule, scaling", [("linear", "none"), pytest.param("vp", "vp", marks=pytest.mark.slow)]
+)
 def test_order_of_convergence(float64, solver, alpha, order, schedule, scaling):
   """One Gaussian, whose probability flow is known: x(sigma) = mean + (x - mean) sqrt(v + sigma^2) / sqrt(v + sigma_max^2)."""
   world = GaussianMixture(jnp.full((1, 4), 0.3), jnp.array([0.25]))
@@ -146,19 +155,19 @@ def test_order_of_convergence(float64, solver, alpha, order, schedule, scaling):
   assert order - 0.25 < found < order + (1.25 if alpha == 0.5 else 0.25)
 
 
-def test_gradients_through_50_steps(float64):
+@pytest.mark.parametrize("checkpoints", [None, pytest.param(50, marks=pytest.mark.slow)])
+def test_gradients_through_50_steps(float64, checkpoints):
   sampler = EDMSampler(num_steps=50, churn=10.0)
   keys, noise = small(2)
   noise = noise.astype(jnp.float64)
   weights = jnp.asarray(np.random.default_rng(3).normal(size=noise.shape))
-  loss = lambda x, n: (weights * sampler(WORLD, x, keys, checkpoints=n)).sum()  # noqa: E731
+  loss = lambda x: (weights * sampler(WORLD, x, keys, checkpoints=checkpoints)).sum()  # noqa: E731
   direction = jnp.asarray(np.random.default_rng(4).normal(size=noise.shape))
   h = 1e-5
-  value = jax.jit(lambda x: loss(x, None))
+  value = jax.jit(loss)
   numeric = (value(noise + h * direction) - value(noise - h * direction)) / (2 * h)
-  for checkpoints in (None, 50):
-    gradient = jax.jit(jax.grad(lambda x, n=checkpoints: loss(x, n)))(noise)
-    assert float((gradient * direction).sum()) == pytest.approx(float(numeric), rel=1e-6)
+  gradient = jax.jit(jax.grad(loss))(noise)
+  assert float((gradient * direction).sum()) == pytest.approx(float(numeric), rel=1e-6)
 
 
 @pytest.mark.parametrize("churn", [0.0, 5.0])
@@ -171,6 +180,7 @@ def test_compiled_program_is_one_plain_loop(churn):
   assert text.count('"known_trip_count":{"n":"18"}') == 1
 
 
+@pytest.mark.slow
 def test_built_in_heun_agrees(float64):
   """diffrax's own Heun on the same grid, and the last step by hand."""
   sampler = EDMSampler()
@@ -182,19 +192,24 @@ def test_built_in_heun_agrees(float64):
     sigma = jnp.full(x.shape[:1], -tau)
     return -(x - WORLD(x, sigma)) / -tau
 
-  solution = diffrax.diffeqsolve(
-    diffrax.ODETerm(slope), diffrax.Heun(), -sigmas[0], -sigmas[-1], None, noise * sigmas[0],
-    stepsize_controller=diffrax.StepTo(-sigmas),
-  )  # fmt: skip
-  last = WORLD(solution.ys[0], jnp.full(4, sigmas[-1]))
-  np.testing.assert_allclose(jax.jit(lambda x: sampler(WORLD, x))(noise), last, atol=1e-12)
+  @jax.jit
+  def both(noise):
+    solution = diffrax.diffeqsolve(
+      diffrax.ODETerm(slope), diffrax.Heun(), -sigmas[0], -sigmas[-1], None, noise * sigmas[0],
+      stepsize_controller=diffrax.StepTo(-sigmas),
+    )  # fmt: skip
+    return WORLD(solution.ys[0], jnp.full(4, sigmas[-1])), sampler(WORLD, noise)
+
+  expected, found = both(noise)
+  np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_trajectory_ends_in_the_sample():
   _, noise = small(3)
-  states = EDMSampler()(WORLD, noise, trajectory=True)
+  run = jax.jit(lambda x: (EDMSampler()(WORLD, x, trajectory=True), EDMSampler()(WORLD, x)))
+  states, found = run(noise)
   assert states.shape == (18, *noise.shape)
-  np.testing.assert_allclose(states[-1], EDMSampler()(WORLD, noise), atol=1e-6)
+  np.testing.assert_allclose(states[-1], found, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +236,7 @@ def test_churn_needs_keys():
     EDMSampler(churn=1.0)(WORLD, small(2)[1])
 
 
-@pytest.mark.parametrize("churn", [0.0, 20.0])
+@pytest.mark.parametrize("churn", [pytest.param(0.0, marks=pytest.mark.slow), 20.0])
 def test_rounded_to_the_levels_that_a_network_knows(churn):
   """Every evaluation but those in the middle of a step is at a level of the table, while traced in float32 too."""
   sampler = EDMSampler(12, 0.02, churn=churn, round_to="iddpm")
@@ -247,14 +262,15 @@ def test_rounded_to_the_levels_that_a_network_knows(churn):
     assert visited[0] > 80.5  # raised, then rounded
 
 
-@pytest.mark.parametrize("discretization", ["edm", "vp"])
+@pytest.mark.parametrize("discretization", [pytest.param("edm", marks=pytest.mark.slow), "vp"])
 def test_ddim_three_ways(float64, discretization):
   """Ancestral with eta 0, and Euler in the VP schedule and scaling and in the linear one: one method (exactly, for DDIM)."""
   _, noise = small(4)
   noise = noise.astype(jnp.float64)
   fields = dict(num_steps=12, discretization=discretization)
-  found = AncestralSampler(eta=0.0, **fields)(WORLD, noise)
-  np.testing.assert_allclose(EDMSampler(solver="euler", **fields)(WORLD, noise), found, atol=1e-12)
+  samplers = AncestralSampler(eta=0.0, **fields), EDMSampler(solver="euler", **fields)
+  found, euler = jax.jit(lambda x: [sampler(WORLD, x) for sampler in samplers])(noise)
+  np.testing.assert_allclose(euler, found, atol=1e-12)
 
 
 def test_ancestral_is_the_posterior_of_ddpm(float64):
@@ -263,7 +279,7 @@ def test_ancestral_is_the_posterior_of_ddpm(float64):
   keys, noise = small(3)
   noise = noise.astype(jnp.float64)
   eps = jnp.asarray(np.random.default_rng(1).normal(size=(5, *noise.shape)))
-  states = sampler(WORLD, noise, draw=lambda i: eps[i], trajectory=True)
+  states = jax.jit(lambda x: sampler(WORLD, x, draw=lambda i: eps[i], trajectory=True))(noise)
   sigma, i = sampler.sigmas, 2
   bar, bar_next = 1 / (1 + sigma[i] ** 2), 1 / (1 + sigma[i + 1] ** 2)
   alpha = bar / bar_next
@@ -302,7 +318,7 @@ def test_dpm_solver_takes_levels_that_are_the_same():
   assert np.isfinite(jax.jit(lambda x: sampler(WORLD, x))(noise)).all()
 
 
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("solver, order", [pytest.param("euler", 1, marks=pytest.mark.slow), ("heun", 2)])
 def test_inversion(float64, solver, order):
   """Noise to the image at sigma_min and back; the error falls as that of the solver, and the noise is the exact one."""
   world = GaussianMixture(jnp.full((1, 4), 0.3), jnp.array([0.25]))
@@ -321,6 +337,7 @@ def test_inversion(float64, solver, order):
     EDMSampler(churn=1.0).invert(world, image)
 
 
+@pytest.mark.slow
 def test_inversion_in_vp_schedule_and_scaling(float64):
   sampler = EDMSampler(200, discretization="vp", schedule="vp", scaling="vp")
   x = jnp.asarray(WORLD.sample(jax.random.key(0), (16, 2, 2, 1)), jnp.float64)

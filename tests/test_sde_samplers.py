@@ -147,7 +147,7 @@ def test_strong_order(float64, process, predictor):
 
 def test_corrections_keep_a_distribution_which_they_reach_from_another():
   """Langevin steps alone at one noise level: the variance of one Gaussian, with the bias that their length has."""
-  d, n = 16, 4000
+  d, n = 16, 1500
   world = GaussianMixture(jnp.zeros((1, d)), jnp.array([0.25]))
   process, snr = VE(0.5, 0.5001, 0.0), 0.3
   sampler = annealed_langevin(2, process, corrector_steps=60, snr=snr)
@@ -160,6 +160,7 @@ def test_corrections_keep_a_distribution_which_they_reach_from_another():
   assert states[0].var() > 1.2 * expected
 
 
+@pytest.mark.slow
 def test_bias_of_steps_of_each_image():
   """The length depends on the image, for which variances are too large by 4 / d of themselves, nearly: see the docstring."""
   keys, noise = small(200, 3, (16, 16, 3))

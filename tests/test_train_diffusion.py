@@ -162,7 +162,7 @@ def test_configurations_change_one_thing_after_another():
     {line.split(":")[0].split(".")[0] for line in config_lib.difference(a, b)}
     for a, b in zip(rows, rows[1:], strict=False)
   ]
-  assert changed[0] == {"optimizer", "schedule", "ema", "model", "train"}  # hyper-parameters
+  assert changed[0] == {"optimizer", "schedule", "ema", "model", "train", "eval"}  # hyper-parameters
   assert changed[1] == {"model"}  # capacity
   assert changed[2] == {"diffusion"} and rows[3].diffusion.preconditioning.name == "edm"
   assert changed[3] == {"diffusion"} and rows[4].diffusion.loss.name == "edm"
@@ -220,6 +220,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, overrides, message):
   assert list(pathlib.Path(tmp_path).iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_loss_sees_augmentation_labels_dropout_and_classes():
   """Each of them changes the loss of one batch: none is lost on the way to the network."""
   config = config_lib.load("configs/edm_cifar.py:smoke", {"augment_pipe.name": "edm", "model.dropout": 0.5})

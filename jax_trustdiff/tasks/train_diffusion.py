@@ -179,7 +179,7 @@ def build_trainer(config, model: Model, data: DiffusionData, mesh) -> Trainer:
       config.train.resident,
     ),
     plan=loop.Plan(
-      num_steps=-(-config.train.num_images // batch_size),
+      num_steps=num_steps_of(config),
       log_every=config.train.log_every,
       checkpoint_every=config.train.checkpoint_every,
       validate_every=config.train.validate_every,
@@ -187,6 +187,11 @@ def build_trainer(config, model: Model, data: DiffusionData, mesh) -> Trainer:
       profile=loop.parse_profile(config.train.profile),
     ),
   )
+
+
+def num_steps_of(config) -> int:
+  """Optimizer steps that see train.num_images images, rounded up."""
+  return -(-config.train.num_images // config.train.batch_size)
 
 
 def make_loss(config, model: Model) -> Callable[[Variables, pipeline.Batch, jax.Array], PerExample]:
@@ -207,9 +212,10 @@ def make_loss(config, model: Model) -> Callable[[Variables, pipeline.Batch, jax.
 class Watch:
   """What is looked at during training: callable as `loop.fit`'s validate(state) -> metrics of the averaged parameters.
 
-  The loss on the held-out images at noise of its own, the same at every step; the first eval.num_pictures samples, as
-  workdir/samples/<step>.png; and with eval.num_samples > 0 FID, KID, precision and recall of so many samples against the
-  first eval.num_reference training images (0: all). Also writes the power-function averages to workdir/ema.
+  The loss on the held-out images at noise of its own, the same at every step; and the first eval.num_pictures samples, as
+  workdir/samples/<step>.png. With eval.num_samples > 0 also FID, KID, precision and recall of so many samples against the
+  first eval.num_reference training images (0: all), at the first validation, the last, and those at multiples of
+  eval.metrics_every steps (0: no others). Also writes the power-function averages to workdir/ema.
   """
 
   def __init__(self, config, model: Model, data: DiffusionData, mesh, workdir: Workdir):
@@ -231,14 +237,18 @@ class Watch:
     found = {}
     if len(self._data.validation):
       found["loss"] = self.held_out_loss(variables)
-    if config.eval.num_samples:
-      found |= self._metrics(variables)
     step = int(train_state.step)
+    if config.eval.num_samples and self._measures_at(step):
+      found |= self._metrics(variables)
     self._sample_pictures(variables, step)
     if config.ema.power_stds:
       folder = self._workdir / posthoc_ema.FOLDER
       posthoc_ema.save_snapshot(folder, step, tuple(config.ema.power_stds), train_state.power_averages)
     return found
+
+  def _measures_at(self, step: int) -> bool:
+    every, num_steps = self._config.eval.metrics_every, num_steps_of(self._config)
+    return step in (self._config.train.validate_every, num_steps) or bool(every and step % every == 0)
 
   def history(self) -> list[dict[str, float]]:
     """What was found at each validation so far: 'step' and the metrics."""
@@ -295,6 +305,8 @@ def _check_eval(config, data: DiffusionData) -> None:
     raise InputError(
       f"eval.num_reference={config.eval.num_reference}: there are {len(data.train)} training images; 0 takes all"
     )
+  if config.eval.metrics_every < 0:
+    raise InputError(f"eval.metrics_every must not be negative, found {config.eval.metrics_every}")
   if config.eval.num_samples:
     reference = config.eval.num_reference or len(data.train)
     generation_metrics.check(config.metrics, config.eval.num_samples, reference)
