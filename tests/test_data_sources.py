@@ -1,5 +1,6 @@
 """Every source gives the same records from its own files, and says what is wrong with bad ones."""
 
+import gzip
 import inspect
 import os
 import subprocess
@@ -482,3 +483,51 @@ def test_real_cifar10(tmp_path):
   images = np.asarray(train.images)
   mean = images.reshape(-1, 3).mean(0) / 255
   np.testing.assert_allclose(mean, [0.49139968, 0.48215841, 0.44653091], atol=1e-8)
+
+
+# ---- idx files ----
+
+
+def write_idx(file, array, gzipped=False, rank=None):
+  header = bytes([0, 0, 8, array.ndim if rank is None else rank]) + np.array(array.shape, ">u4").tobytes()
+  data = header + array.tobytes()
+  file.write_bytes(gzip.compress(data) if gzipped else data)
+
+
+@pytest.fixture
+def idx_folder(tmp_path):
+  """Six training and four test images in the files of MNIST, the test files gzipped."""
+  rng = np.random.default_rng(0)
+  for prefix, n, gzipped in (("train", 6, False), ("t10k", 4, True)):
+    end = ".gz" if gzipped else ""
+    images = rng.integers(0, 256, (n, 5, 7), dtype=np.uint8)
+    write_idx(tmp_path / f"{prefix}-images-idx3-ubyte{end}", images, gzipped)
+    write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte{end}", np.arange(n, dtype=np.uint8) % 3, gzipped)
+  return tmp_path
+
+
+def test_idx_files_are_read_plain_and_gzipped(idx_folder):
+  train, test = (SOURCES["idx"](str(idx_folder), split=split) for split in ("train", "test"))
+  assert train.image_shape == test.image_shape == (5, 7, 1) and (len(train), len(test)) == (6, 4)
+  images = np.random.default_rng(0).integers(0, 256, (6, 5, 7), dtype=np.uint8)
+  np.testing.assert_array_equal(train.take(np.arange(6))["image"][..., 0], images)
+  np.testing.assert_array_equal(train.labels, [0, 1, 2, 0, 1, 2])
+
+
+@pytest.mark.parametrize(
+  "damage, message",
+  [
+    (lambda f: f.unlink(), "holds none of train-images"),
+    (lambda f: f.write_bytes(f.read_bytes()[:-1]), "number of bytes"),
+    (lambda f: f.write_bytes(f.read_bytes() + b"x"), "number of bytes"),
+    (lambda f: f.write_bytes(f.read_bytes()[:9]), "no idx file"),
+    (lambda f: write_idx(f, np.zeros((6, 5, 7), np.uint8), rank=4), "no idx file"),
+    (lambda f: f.rename(f.with_name(f.name + ".gz")), "cannot be read"),
+    (lambda f: f.write_bytes(bytes([0, 0, 8, 3]) + b"\xff" * 12), "number of bytes"),
+  ],
+)
+def test_damaged_idx_files_are_one_line(idx_folder, damage, message):
+  damage(idx_folder / "train-images-idx3-ubyte")
+  with pytest.raises(InputError, match=message) as caught:
+    SOURCES["idx"](str(idx_folder))
+  assert "\n" not in str(caught.value)

@@ -22,7 +22,6 @@ from jax_trustdiff.types import InputError, RunError
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Nothing else is tried, whatever a file is called: Pillow would run Ghostscript for PostScript.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-LARGEST_IDX = 2**33  # bytes; a larger idx file is taken for a damaged one
 DECODE_AT_ONCE = 2 * 2**30  # bytes; encoded data sets up to this size are decoded when they are opened
 
 
@@ -208,7 +207,9 @@ def read_idx(file: pathlib.Path, rank: int) -> np.ndarray:
         raise InputError(f"{file} is no idx file of bytes with {rank} axes")
       shape = [int(extent) for extent in np.frombuffer(header, ">u4", rank, 4)]
       size = math.prod(shape)
-      values = stream.read(min(size, LARGEST_IDX) + 1)
+      values = bytearray()  # grows by what is there, whatever the header says
+      while chunk := stream.read(min(2**20, size + 1 - len(values))):
+        values += chunk
   except (OSError, EOFError, zlib.error) as error:
     raise InputError(f"{file} cannot be read: {error}") from None
   if len(values) != size:

@@ -28,7 +28,9 @@ class TrainState:
   params: PyTree  # float32
   collections: PyTree  # the other collections of the variables by name: running statistics, constants
   ema: PyTree  # averaged parameters, float32
-  power_averages: PyTree  # a tuple of power-function averages, one for each std asked for (see `training.ema`)
+  power_averages: (
+    PyTree  # a tuple of power-function averages, one for each std asked for (see `training.ema`)
+  )
   opt_state: PyTree
 
   @property
