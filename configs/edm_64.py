@@ -74,6 +74,7 @@ def _imagenet(config):
   config.ema.half_life = 50_000_000
   config.sampler.update(num_steps=256, churn=40.0, churn_min=0.05, churn_max=50.0, churn_noise=1.003)
   config.train.update(batch_size=4096, num_images=2_500_000_000)
+  config.metrics.fid_only = True  # the features of all training images would take 10 GiB
 
 
 def _tinyimagenet(config):

@@ -123,11 +123,26 @@ def test_a_run_that_lost_its_second_half_ends_bit_for_bit_the_same(trained, tmp_
     assert (again / name).read_bytes() == (path / name).read_bytes(), name
 
 
+@pytest.mark.slow
+def test_micro_batches_train_too(trained, tmp_path):
+  path, _, metrics = trained
+  found = complete(tmp_path / "run", config_of(**{"train.accumulate": 16, "ema.power_stds": ()}))
+  assert found["loss"] == pytest.approx(metrics["loss"], rel=0.2)
+
+
 def test_training_goes_on_from_an_export(trained, tmp_path):
+  """The average is not forgotten: after few steps it is still near that of the export."""
   path, _, metrics = trained
   config = config_of(init_from=str(path / "export"), **{"train.num_images": 320})
   found = complete(tmp_path / "more", config)
   assert found["loss"] < metrics["first/loss"]
+  before, after = (
+    jax_trustdiff.load_denoiser(p / "export").variables["params"] for p in (path, tmp_path / "more")
+  )
+  moved = [
+    float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+  ]
+  assert 0 < max(moved) < 0.01
 
 
 def source(shape, num_classes):
@@ -201,6 +216,7 @@ def test_every_variant_trains_and_samples(tmp_path, variant):
     ({"eval.num_samples": 1}, "at least 2"),
     ({"eval.num_reference": 10_000}, "training images"),
     ({"eval.num_pictures": 0}, "num_pictures"),
+    ({"eval.metrics_every": 15}, "multiple of train.validate_every"),
     ({"ema.half_life": 0}, "half_life"),
     ({"model.embed_dim": 33}, "embed_dim"),
     ({"model.patch_size": 3}, "divisible"),

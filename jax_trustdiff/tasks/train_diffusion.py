@@ -68,7 +68,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   variables = pretrained.load_variables(config.init_from, model.network)[0] if config.init_from else None
   num_powers = len(config.ema.power_stds)
   shapes = state.shapes(model.network.init, trainer.optimizer, mesh, config.mesh.rules, num_powers)
-  _check_batch(trainer, shapes, data, config.train.batch_size // config.train.accumulate)
+  _check_batch(trainer, shapes, data, config.train.batch_size)
 
   workdir.open()
   key = jax.random.key(config.seed)
@@ -161,7 +161,8 @@ def build_trainer(config, model: Model, data: DiffusionData, mesh) -> Trainer:
     half_life_decay,
     batch_size=batch_size,
     half_life=config.ema.half_life,
-    rampup_ratio=config.ema.rampup_ratio or None,
+    # an average that came with the parameters is not forgotten (Karras et al. 2022, released code)
+    rampup_ratio=None if config.init_from else config.ema.rampup_ratio or None,
   )
   decay(jnp.array(1))  # raises for numbers that are no average
 
@@ -305,8 +306,11 @@ def _check_eval(config, data: DiffusionData) -> None:
     raise InputError(
       f"eval.num_reference={config.eval.num_reference}: there are {len(data.train)} training images; 0 takes all"
     )
-  if config.eval.metrics_every < 0:
-    raise InputError(f"eval.metrics_every must not be negative, found {config.eval.metrics_every}")
+  every, validate_every = config.eval.metrics_every, config.train.validate_every
+  if every < 0 or (every and validate_every and every % validate_every):
+    raise InputError(
+      f"eval.metrics_every must be 0 or a multiple of train.validate_every={validate_every}, found {every}"
+    )
   if config.eval.num_samples:
     reference = config.eval.num_reference or len(data.train)
     generation_metrics.check(config.metrics, config.eval.num_samples, reference)
