@@ -30,6 +30,8 @@ SECTIONS = {
   "diffusion.preconditioning": ("jax_trustdiff.diffusion.denoisers:PRECONDITIONINGS", ()),
   "diffusion.loss": ("jax_trustdiff.diffusion.losses:LOSSES", ()),
   "sampler": ("jax_trustdiff.diffusion.samplers:SAMPLERS", ()),
+  "solver": ("jax_trustdiff.diffusion.samplers:SAMPLERS", ()),
+  "likelihood": ("jax_trustdiff.diffusion.likelihood:LIKELIHOODS", ("solver",)),
   "data": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
   "generated": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
   "metrics.features": ("jax_trustdiff.tasks.generation_metrics:FEATURES", ()),

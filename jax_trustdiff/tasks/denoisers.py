@@ -23,6 +23,7 @@ from jax_trustdiff.types import DiffusionNetwork, InputError, Variables
 # a part of a config, or a dict: 'name' and the keyword arguments of what it builds
 Section = Mapping[str, Any] | config_lib.ConfigDict
 SNAPSHOT = ".pkl"
+UNTRAINED = "untrained"  # init_from of a fresh network, for trying the machinery
 
 
 def build_network(
@@ -105,6 +106,28 @@ def load_denoiser(path: str | os.PathLike) -> Denoiser:
     with edm_snapshot.about(path):
       preconditioning = build_preconditioning(_denoiser_section(network, meta))
   return Denoiser(network, preconditioning, jax.tree.map(jax.numpy.asarray, variables))
+
+
+def load_or_make(config) -> tuple[Denoiser, dict[str, Any]]:
+  """(denoiser, what is known of it) of config.init_from, or with 'untrained' a fresh network of config.untrained.
+
+  The second has 'model', 'denoiser' and 'class_names' (() where there are none). InputError without init_from.
+  """
+  if not config.init_from:
+    raise InputError(
+      "init_from is empty: give the export folder or EDM snapshot (.pkl) of a diffusion model, "
+      "--config.init_from=<run>/export"
+    )
+  if config.init_from != UNTRAINED:
+    about = describe(config.init_from)
+    known = {name: about[name] for name in ("model", "denoiser")}
+    return load_denoiser(config.init_from), known | {"class_names": tuple(about["class_names"] or ())}
+  new = config_lib.to_plain(config.untrained)
+  network = build_network(new["model"], tuple(new["image_shape"]), new["num_classes"])
+  preconditioning = build_preconditioning(new["preconditioning"])
+  variables = jax.jit(network.init)(jax.random.key(config.seed))
+  known = {"model": model_section(new["model"], network), "denoiser": new["preconditioning"]}
+  return Denoiser(network, preconditioning, variables), known | {"class_names": ()}
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
