@@ -16,7 +16,8 @@ Variants:
   ncsnpp                      the other network of the paper
   vp, ve                      preconditioning, loss and sampler of Song et al. 2021 as the paper has them (its DDPM++ and NCSN++
                               networks in the paper's configuration C)
-  ddpm                        the discrete process of Ho et al. 2020, noise prediction, ancestral sampling in 1000 steps
+  ddpm                        noise prediction with the linear betas of Ho et al. 2020, at continuous times; ancestral
+                              sampling in 1000 steps
   config_a ... config_e       table 2 row by row, from Song et al.'s DDPM++ (A) to the last but augmentation (E)
   short                       20 million images with a shorter ramp: for a GPU and half an hour or more
   cpu                         a small U-Net on Fashion-MNIST (data.path: a folder with its four idx files) in
@@ -163,18 +164,18 @@ def _ve(config):
 
 
 def _ddpm(config):
-  """Ho et al. 2020: 1000 times with linear betas, all visited by the ancestral sampler."""
+  """The betas of Ho et al. 2020; trained and sampled at the same noise levels, within the range of their 1000 times."""
   config.diffusion.preconditioning = dict(
     name="discrete", prediction="noise", schedule="linear", beta_start=1e-4, beta_end=0.02, num_steps=1000
   )
-  config.diffusion.loss = dict(name="vp", beta_d=19.9, beta_min=0.1, t_min=1e-4)
+  config.diffusion.loss = dict(name="vp", beta_d=19.9, beta_min=0.1, t_min=1e-3)
   config.augment_pipe = dict(name="none")
   config.augment = dict(name="flip")
   config.sampler = dict(
     name="ancestral",
     num_steps=1000,
-    sigma_min=0.0100005,
-    sigma_max=157.4,
+    sigma_min=0.0104859930,
+    sigma_max=152.1669659,
     rho=7.0,
     discretization="vp",
     eta=1.0,

@@ -341,3 +341,41 @@ def test_variables_of_snapshots_exports_and_iddpm(tmp_path):
   safetensors_io.save_flat(tmp_path / "u.safetensors", to_edm(randomised(NETWORK)) | {"u": levels()})
   with pytest.raises(InputError, match=r"u.safetensors: .*left over: u \(101,\)"):
     load_variables(tmp_path / "u.safetensors", NETWORK)
+
+
+# ---- samplers for a denoiser ----
+
+
+def test_a_sampler_visits_the_levels_that_an_iddpm_network_knows():
+  """The range of the preconditioning is in single precision: no level of its table may be lost by that."""
+  iddpm = denoisers.build_preconditioning({"name": "iddpm"})
+  levels = iddpm.process.sigmas
+  sampler = denoisers.build_sampler(
+    {"name": "edm", "discretization": "iddpm", "sigma_min": 1e-4, "sigma_max": 1e6}, iddpm
+  )
+  np.testing.assert_allclose(sampler.sigmas[[0, -1]], levels[[-1, 0]], rtol=1e-9)
+  assert np.isin(sampler.sigmas, levels).all()
+
+
+@pytest.mark.parametrize(
+  "name, preconditioning, message",
+  [
+    ("predictor_corrector", "ve", "choose sampler.process to fit"),
+    ("euler_maruyama", "iddpm", "cannot round"),
+  ],
+)
+def test_a_sampler_of_other_levels_is_refused(name, preconditioning, message):
+  with pytest.raises(InputError, match=message):
+    denoisers.build_sampler({"name": name}, denoisers.build_preconditioning({"name": preconditioning}))
+
+
+@pytest.mark.parametrize(
+  "section, message",
+  [
+    ({"name": "edm", "rho": 0.0}, "rho must be positive"),
+    ({"name": "edm", "discretization": "iddpm", "sigma_min": 3e4, "sigma_max": 4e4}, "no two noise levels"),
+  ],
+)
+def test_levels_that_cannot_be_are_one_line(section, message):
+  with pytest.raises(InputError, match=message):
+    denoisers.build_sampler(section, denoisers.build_preconditioning({"name": "edm"}))

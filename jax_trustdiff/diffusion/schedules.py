@@ -93,6 +93,8 @@ def noise_levels(
     raise InputError(f"num_steps must be at least 2, got {num_steps}")
   if not 0 < sigma_min < sigma_max < np.inf:
     raise InputError(f"needs 0 < sigma_min < sigma_max, both finite, got {sigma_min} and {sigma_max}")
+  if rho <= 0:
+    raise InputError(f"rho must be positive, got {rho}")
   part = np.arange(num_steps) / (num_steps - 1)
   if discretization == "edm":
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
@@ -102,7 +104,10 @@ def noise_levels(
   if discretization == "ve":
     return sigma_max * (sigma_min / sigma_max) ** part
   table = IDDPM().sigmas[::-1]
-  table = table[(table >= sigma_min) & (table <= sigma_max)]
+  # bounds may be levels of the table in single precision
+  table = table[(table >= sigma_min * (1 - 1e-6)) & (table <= sigma_max * (1 + 1e-6))]
+  if len(table) < 2:
+    raise InputError(f"iDDPM has no two noise levels between {sigma_min} and {sigma_max}")
   return table[np.rint(part * (len(table) - 1)).astype(int)]
 
 

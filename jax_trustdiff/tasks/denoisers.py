@@ -50,15 +50,25 @@ def build_sampler(section: Section, preconditioning: Preconditioning) -> Any:
   """The sampler of a section of SAMPLERS, at noise levels that a denoiser with this preconditioning knows.
 
   Its range of sigma is cut to that of the preconditioning, and where that knows whole times only, noise levels are
-  rounded to them (Karras et al. 2022, released code).
+  rounded to them (Karras et al. 2022, released code). InputError for a sampler of a process that leaves the range, or
+  that cannot round.
   """
   sampler = config_lib.build(SAMPLERS, section)
   fields, changes = {field.name for field in dataclasses.fields(sampler)}, {}
   if {"sigma_min", "sigma_max"} <= fields:
     changes["sigma_min"] = max(sampler.sigma_min, float(preconditioning.sigma_min))
     changes["sigma_max"] = min(sampler.sigma_max, float(preconditioning.sigma_max))
-  if "round_to" in fields and getattr(preconditioning, "whole_times", False):
+  if getattr(preconditioning, "whole_times", False):
+    if "round_to" not in fields:
+      raise InputError(f"the model knows whole times only, to which sampler {section['name']!r} cannot round")
     changes["round_to"] = preconditioning.process
+  if "process" in fields:
+    visited, low, high = sampler.process, preconditioning.sigma_min, preconditioning.sigma_max
+    if visited.sigma_min < low * (1 - 1e-3) or visited.sigma_max > high * (1 + 1e-3):
+      raise InputError(
+        f"sampler {section['name']!r} visits sigma {visited.sigma_min:.4g} to {visited.sigma_max:.4g}, and the model "
+        f"knows {low:.4g} to {high:.4g}: choose sampler.process to fit"
+      )
   return dataclasses.replace(sampler, **changes)
 
 
