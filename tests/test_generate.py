@@ -58,6 +58,14 @@ def run(*args):
   return main_lib.main(["main", *args])
 
 
+def test_one_class_is_shown_as_one(exported, tmp_path):
+  """More classes than pictures, and all images of one that evenly spaced classes would pass by."""
+  few = ("--config.generate.labels=3", "--config.report.num_images=4", "--config.generate.num_images=32")
+  assert run(*arguments(exported, tmp_path / "run", *few)) == 0
+  page = (tmp_path / "run/report/report.html").read_text()
+  assert "The first 4 images" in page and "of each of" not in page
+
+
 def test_a_run_fills_a_store_and_another_leaves_it_as_it_is(exported, tmp_path, capsys):
   assert run(*arguments(exported, tmp_path / "run")) == 0
   store = tmp_path / "run/images"

@@ -203,13 +203,13 @@ def image_store(
   for name, about in manifest["files"].items():
     if fault := _fault(root / name, about["bytes"], about["sha256"], thorough=False):
       raise InputError(f"{fault}; generate the store again to mend it")
-  parts = {
-    kind: [
-      read_npy(root / _shard_name(kind, shard, manifest["num_shards"]))
-      for shard in range(manifest["num_shards"])
-    ]
+  files = {
+    kind: [root / _shard_name(kind, shard, manifest["num_shards"]) for shard in range(manifest["num_shards"])]
     for kind in ARRAYS
   }
+  parts = {"images": [read_npy(file) for file in files["images"]]}
+  # copied, so that their files are closed: a process may have about a thousand open
+  parts |= {kind: [np.array(read_npy(file)) for file in files[kind]] for kind in ("labels", "ids")}
   if num_classes not in (0, manifest["num_classes"]):
     raise InputError(f"{root}: num_classes={num_classes}; the store has {manifest['num_classes']} classes")
   names = agreed_names(tuple(manifest["class_names"]), class_names, str(root))

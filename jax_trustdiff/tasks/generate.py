@@ -33,7 +33,6 @@ from jax_trustdiff.training.progress import ProgressReport, duration, say
 from jax_trustdiff.training.workdir import Workdir, write_atomically
 from jax_trustdiff.types import InputError, Stopped
 
-UNTRAINED = "untrained"
 UNLABELLED = "unlabelled"
 MOST_CLASSES_SHOWN = 20  # as metrics of their own
 
@@ -80,7 +79,9 @@ def run(config, workdir: Workdir) -> dict[str, float]:
       f"{plan.num_shards - len(missing)} of {plan.num_shards} shards are there; the last worker writes the manifest"
     )
   shards = [s for s in range(plan.num_shards) if s not in missing]
-  labels = np.concatenate([np.zeros(0, np.int32), *(store.read(shard)["labels"] for shard in shards)])
+  labels = np.concatenate(
+    [np.zeros(0, np.int32), *(np.array(store.read(shard)["labels"]) for shard in shards)]
+  )
   counts = np.bincount(labels, minlength=plan.num_classes)
   metrics = {"num_images": len(labels), "generated": made, "seconds": seconds}
   metrics |= {"images_per_second": made / seconds if made else 0.0, "nfe": sampler.nfe}
@@ -90,34 +91,18 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   if parallel.is_main_process() and shards:
     about = {"store": str(path), "manifest_sha256": sha256, "missing_shards": len(missing)}
     write_atomically(workdir / "store.json", json.dumps(about, indent=2) + "\n")
-    _report(config, workdir, store, shards, names, metrics, sha256)
+    _report(config, workdir, store, shards, metrics, sha256)
   return metrics
 
 
 def load_model(config) -> Model:
   """The model of config.init_from, or with 'untrained' a freshly initialised one of config.untrained."""
-  if not config.init_from:
-    raise InputError(
-      "init_from is empty: give the export folder or EDM snapshot (.pkl) of a diffusion model, "
-      "--config.init_from=<run>/export"
-    )
-  if config.init_from == UNTRAINED:
-    new = config_lib.to_plain(config.untrained)
-    network = denoisers.build_network(new["model"], tuple(new["image_shape"]), new["num_classes"])
-    preconditioning = denoisers.build_preconditioning(new["preconditioning"])
-    denoiser = Denoiser(network, preconditioning, jax.jit(network.init)(jax.random.key(config.seed)))
-    described = {
-      "model": new["model"],
-      "denoiser": new["preconditioning"],
-    }
-    described, names = described | {"shape": network.image_shape, "num_classes": network.num_classes}, ()
-  else:
-    denoiser, about = denoisers.load_denoiser(config.init_from), denoisers.describe(config.init_from)
-    described, names = {key: about[key] for key in ("model", "denoiser")}, about["class_names"] or ()
+  denoiser, known = denoisers.load_or_make(config)
   if config.generate.dtype:
     network = dataclasses.replace(denoiser.network, dtype=config.generate.dtype)
     denoiser = dataclasses.replace(denoiser, network=network)
-  return Model(denoiser, tuple(names), _fingerprint(described, denoiser.variables))
+  described = {name: known[name] for name in ("model", "denoiser")}
+  return Model(denoiser, known["class_names"], _fingerprint(described, denoiser.variables))
 
 
 def _fingerprint(described: Any, variables: Any) -> str:
@@ -323,11 +308,11 @@ def _stop_signals() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def _report(config, workdir: Workdir, store: ImageStore, shards: list[int], names, metrics, sha256) -> None:
+def _report(config, workdir: Workdir, store: ImageStore, shards: list[int], metrics, sha256) -> None:
   """A grid of the first images of each class and report.html, in workdir/report."""
   folder = workdir / "report"
   folder.mkdir(exist_ok=True)
-  images, columns, caption = _shown(store, shards, names, config.report.num_images)
+  images, columns, caption = _shown(store, shards, config.report.num_images)
   report.image_grid(images, folder / "samples.png", columns=columns)
   plan = store.plan
   report.html_report(
@@ -346,10 +331,10 @@ def _report(config, workdir: Workdir, store: ImageStore, shards: list[int], name
   )
 
 
-def _shown(store: ImageStore, shards: list[int], names, number: int) -> tuple[np.ndarray, int, str]:
-  """(images in the order of their classes, columns of their grid, its caption)."""
-  count = min(len(names), number)
-  classes = np.unique(np.linspace(0, len(names) - 1, count).round().astype(int))
+def _shown(store: ImageStore, shards: list[int], number: int) -> tuple[np.ndarray, int, str]:
+  """(images in the order of the classes that occur, columns of their grid, its caption)."""
+  there = np.unique(np.concatenate([np.array(store.read(shard)["labels"]) for shard in shards]))
+  classes = there[np.linspace(0, len(there) - 1, min(len(there), number)).round().astype(int)]
   each = max(1, number // len(classes))
   found = {label: [] for label in classes}
   for shard in shards:
