@@ -274,7 +274,7 @@ def _digits(config):
     remat=False,
   )
   config.schedule.update(learning_rate=2e-3, rampup_images=10_000)
-  config.train.update(num_images=102_400, num_validation=128, checkpoint_every=400, validate_every=400)
+  config.train.update(num_images=51_200, num_validation=128, checkpoint_every=400, validate_every=200)
   config.eval.update(num_samples=500, num_reference=0)
   config.metrics.features = dict(name="pixels")
   config.metrics.update(batch_size=100, kid_subset_size=250)
