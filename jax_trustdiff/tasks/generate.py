@@ -91,7 +91,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   if parallel.is_main_process() and shards:
     about = {"store": str(path), "manifest_sha256": sha256, "missing_shards": len(missing)}
     write_atomically(workdir / "store.json", json.dumps(about, indent=2) + "\n")
-    _report(config, workdir, store, shards, metrics, sha256)
+    _report(config, workdir, store, shards, np.unique(labels), metrics, sha256)
   return metrics
 
 
@@ -308,11 +308,13 @@ def _stop_signals() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def _report(config, workdir: Workdir, store: ImageStore, shards: list[int], metrics, sha256) -> None:
+def _report(
+  config, workdir: Workdir, store: ImageStore, shards: list[int], there: np.ndarray, metrics, sha256
+) -> None:
   """A grid of the first images of each class and report.html, in workdir/report."""
   folder = workdir / "report"
   folder.mkdir(exist_ok=True)
-  images, columns, caption = _shown(store, shards, config.report.num_images)
+  images, columns, caption = _shown(store, shards, there, config.report.num_images)
   report.image_grid(images, folder / "samples.png", columns=columns)
   plan = store.plan
   report.html_report(
@@ -331,9 +333,10 @@ def _report(config, workdir: Workdir, store: ImageStore, shards: list[int], metr
   )
 
 
-def _shown(store: ImageStore, shards: list[int], number: int) -> tuple[np.ndarray, int, str]:
-  """(images in the order of the classes that occur, columns of their grid, its caption)."""
-  there = np.unique(np.concatenate([np.array(store.read(shard)["labels"]) for shard in shards]))
+def _shown(
+  store: ImageStore, shards: list[int], there: np.ndarray, number: int
+) -> tuple[np.ndarray, int, str]:
+  """(images in the order of the classes that are `there`, columns of their grid, its caption)."""
   classes = there[np.linspace(0, len(there) - 1, min(len(there), number)).round().astype(int)]
   each = max(1, number // len(classes))
   found = {label: [] for label in classes}
