@@ -8,8 +8,9 @@ One million labelled images of 18 Heun steps is the generated set of "Better Dif
 Adversarial Training" (Wang et al., ICML 2023, arXiv:2302.04638): generate.num_images=1000000.
 
 The store, <workdir>/images or generate.store, is read back by `data.name=image_store`: images, labels, ids in shards,
-manifest.json with the SHA-256 of every file. A run that was stopped or killed goes on at its last shard with the same command. A
-damaged shard is made again (generate.verify=True looks at hashes, not only at sizes).
+manifest.json with the SHA-256 of every file. A run that was stopped or killed goes on at its last shard with the same command.
+To mend a store that was damaged later, or to see that it is whole, run the same command with another --workdir,
+generate.store=<the store> and generate.verify=True, which compares hashes too: what is not as it was is made again.
 
 Several machines: on a TPU pod or under SLURM the processes of one run share the shards out; independent machines run the same
 command with generate.store=<a shared folder>, generate.num_workers=4 and generate.worker=0, 1, 2, 3, each with its own --workdir.

@@ -54,6 +54,9 @@ def test_file_rows_of_any_view(tmp_path):
   os.truncate(tmp_path / "x.npy", 300)
   with pytest.raises(RunError, match="x.npy became shorter while it was read; start again"):
     reader[rows]
+  os.unlink(tmp_path / "x.npy")
+  with pytest.raises(RunError, match="x.npy can no longer be read: No such file"):
+    reader[rows]
 
 
 @pytest.mark.parametrize("parts", [1, 3])

@@ -11,15 +11,16 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from workers import answer, start
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import main as main_lib
-from jax_trustdiff.data.image_store import verify
+from jax_trustdiff.data.image_store import ImageStore, StorePlan, verify
 from jax_trustdiff.data.sources import SOURCES
-from jax_trustdiff.tasks import denoisers
+from jax_trustdiff.tasks import denoisers, generate, sampling
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("TRUSTDIFF_KILLS", "3"))
@@ -66,6 +67,24 @@ def test_one_class_is_shown_as_one(exported, tmp_path):
   assert "The first 4 images" in page and "of each of" not in page
 
 
+def test_a_class_with_fewer_images_has_a_row_all_the_same(tmp_path):
+  plan = StorePlan(6, 6, (2, 2, 1), 3, (), {})
+  store = ImageStore(tmp_path, plan)
+  images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
+  labels = np.array([0, 1, 1, 2, 0, 1], np.int32)
+  store.write(0, images, labels, np.arange(6))
+  shown, columns, caption = generate._shown(store, [0], np.arange(3), 9)
+  assert shown[:, 0, 0, 0].tolist() == [0, 4, 255, 1, 2, 5, 3, 255, 255] and columns == 3
+  assert caption == "The first images of each of 3 classes, a row for each class, up to 3"
+
+
+def test_images_draw_from_keys_of_their_own():
+  """A training run with the same seed splits key(seed)."""
+  of_training = jax.random.key_data(jax.random.split(jax.random.key(3), 8))
+  of_images = jax.random.key_data(sampling.image_keys(3, jnp.arange(8)))
+  assert not (np.asarray(of_training)[:, None] == np.asarray(of_images)[None]).all(-1).any()
+
+
 def test_a_run_fills_a_store_and_another_leaves_it_as_it_is(exported, tmp_path, capsys):
   assert run(*arguments(exported, tmp_path / "run")) == 0
   store = tmp_path / "run/images"
@@ -78,6 +97,9 @@ def test_a_run_fills_a_store_and_another_leaves_it_as_it_is(exported, tmp_path, 
   result = json.loads((tmp_path / "run/result.json").read_text())["metrics"]
   assert (result["num_images"], result["generated"], result["nfe"], result["count/a"]) == (96, 96, 5, 10)
   assert (tmp_path / "run/report/report.html").stat().st_size > 1000
+  manifest = json.loads((store / "manifest.json").read_text())
+  assert list(manifest["makers"].values()) == [96]
+  assert all(part in next(iter(manifest["makers"])) for part in (f"jax {jax.__version__}", "cpu"))
   about = json.loads((tmp_path / "run/store.json").read_text())
   assert about["manifest_sha256"] == hashlib.sha256((store / "manifest.json").read_bytes()).hexdigest()
 

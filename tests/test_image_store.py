@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import re
+import resource
 
 import numpy as np
 import pytest
@@ -73,6 +76,66 @@ def test_what_a_killed_writer_left_is_taken_away(tmp_path):
   store.finish()
   complete(tmp_path / "b")
   assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_makers_are_kept_and_counted(tmp_path):
+  one, two = (ImageStore(tmp_path, plan(), maker) for maker in ("one", "two"))
+  write(one, 0, 2)
+  write(two, 1)
+  two.finish()
+  assert json.loads((tmp_path / "manifest.json").read_text())["makers"] == {"one": 6, "two": 4}
+  assert one.makers([1]) == {"two": 4}
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+  store = ImageStore(tmp_path, plan(num_images=60, images_per_shard=1))
+  for shard in range(60):
+    store.write(shard, IMAGES[[shard % 10]], np.array([shard % 3]), np.array([shard]))
+  store.finish()
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, hard))
+  try:
+    source = SOURCES["image_store"](str(tmp_path))
+    taken = source.take(np.arange(60))
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+  np.testing.assert_array_equal(taken["image"], IMAGES[np.arange(60) % 10])
+  np.testing.assert_array_equal(taken["label"], np.arange(60) % 3)
+  np.testing.assert_array_equal(taken["id"], np.arange(60))
+
+
+@pytest.mark.parametrize(
+  "change, says",
+  [
+    (lambda m: m.pop("num_shards"), "'num_shards' must be there, a int"),
+    (lambda m: m.update(num_images="ten"), "'num_images' must be there, a int"),
+    (lambda m: m.update(num_images=11), "holds 10 images, and manifest.json says 11"),
+    (lambda m: m.update(num_shards=2), "-of-00002.npy is missing in the store"),
+    (lambda m: m.update(num_shards=10**9), "names 9 files of 1000000000 shards"),
+    (lambda m: m.update(format=7), "not the manifest of an image store of format 1"),
+    (lambda m: m.update(files=[1]), "'files' must be there, a dict"),
+    (lambda m: m["files"].pop("ids-00001-of-00003.npy"), "ids-00001-of-00003.npy is missing in the store"),
+    (lambda m: m["files"].update(other={}), "other is no file of the store"),
+    (lambda m: m["files"].update({"ids-00001-of-00003.npy": 5}), "has no 'bytes' and 'sha256'"),
+  ],
+)
+def test_an_edited_manifest_is_one_line(tmp_path, change, says):
+  complete(tmp_path)
+  manifest = json.loads((tmp_path / "manifest.json").read_text())
+  change(manifest)
+  (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+  with pytest.raises(InputError, match=re.escape(says)):
+    SOURCES["image_store"](str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  "text", ["[]", "{", '{"num_images": 3}', '{"num_images": 3, "images_per_shard": null}']
+)
+def test_an_edited_plan_is_one_line(tmp_path, text):
+  write(ImageStore(tmp_path, plan()), 0)
+  (tmp_path / "plan.json").write_text(text)
+  with pytest.raises(InputError, match="plan.json is "):
+    SOURCES["image_store"](str(tmp_path))
 
 
 def test_a_store_that_is_not_complete_is_not_read(tmp_path):

@@ -1,19 +1,19 @@
 """Image stores: many uint8 images in shards that are written on their own, by any number of processes, killed at any moment.
 
-    manifest.json                      of a complete store: counts, shape, classes, origin, SHA-256 of every file
+    manifest.json                      of a complete store: counts, shape, classes, origin, makers, SHA-256 of every file
     plan.json                          the same before there is anything to hash: what every writer must agree on
     images-00000-of-00064.npy          uint8 [n h w c]
     labels-00000-of-00064.npy          int32 [n]
     ids-00000-of-00064.npy             int64 [n]
-    shard-00000-of-00064.json          written last: bytes and SHA-256 of the three; without it the shard is not there
+    shard-00000-of-00064.json          written last: bytes and SHA-256 of the three, and the maker; without it there is no shard
 
 Every file appears whole or not at all (a temporary file beside it, fsync, rename), and what it holds is a function of the
-plan and the images alone: a store that was interrupted is, in the end, byte for byte the one that was not.
+plan, the images and the maker alone: a store that was interrupted is, in the end, byte for byte the one that was not.
 """
 
+import collections
 import contextlib
 import dataclasses
-import glob
 import hashlib
 import io
 import json
@@ -21,7 +21,7 @@ import math
 import os
 import pathlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,12 @@ from jax_trustdiff.types import InputError, RunError
 
 FORMAT = 1
 MANIFEST, PLAN = "manifest.json", "plan.json"
+TEMPORARY = ".tmp"
 ARRAYS = {"images": np.dtype(np.uint8), "labels": np.dtype(np.int32), "ids": np.dtype(np.int64)}
+# What JSON files hold that is read from them
+PLAN_KEYS = {"num_images": int, "images_per_shard": int}
+SHARD_KEYS = {"num_images": int, "maker": str, "files": dict}
+MANIFEST_KEYS = {"num_images": int, "num_shards": int, "num_classes": int, "class_names": list, "files": dict}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +85,13 @@ class StorePlan:
 class ImageStore:
   """A store at `path` to be written: shards in any order, by any process, each only once if none dies.
 
+  maker: who writes, such as a kind of device and a version, where equal plans may give images that differ by rounding; kept with
+  each shard, and counted in the manifest.
   Opening it creates the folder and plan.json. InputError if there is a store of another plan, with the differences.
   """
 
-  def __init__(self, path: str | os.PathLike, plan: StorePlan):
-    self.path, self.plan = pathlib.Path(path).expanduser(), plan
+  def __init__(self, path: str | os.PathLike, plan: StorePlan, maker: str = ""):
+    self.path, self.plan, self.maker = pathlib.Path(path).expanduser(), plan, maker
     self.check()
     self.path.mkdir(parents=True, exist_ok=True)
     if not (self.path / PLAN).exists():
@@ -100,15 +107,16 @@ class ImageStore:
 
     Looks at the sizes of its files, or, if thorough, at their hashes.
     """
-    file = self.path / self._name("shard", shard, "json")
-    if not file.exists():
+    if not self._about(shard).exists():
       return ""
     try:
-      files = json.loads(file.read_text())["files"]
-      wanted = {name: (int(files[name]["bytes"]), str(files[name]["sha256"])) for name in self._names(shard)}
-    except (ValueError, KeyError, TypeError):
-      return f"{file} is damaged"
-    return next(filter(None, (_fault(self.path / n, *about, thorough) for n, about in wanted.items())), None)
+      files = _read_json(self._about(shard), SHARD_KEYS)["files"]
+      _check_files(files, [self._name(kind, shard) for kind in ARRAYS])
+    except InputError:
+      return f"{self._about(shard)} is damaged"
+    return next(
+      filter(None, (_fault(self.path / name, about, thorough) for name, about in files.items())), None
+    )
 
   def missing(self, thorough: bool = False) -> dict[int, str]:
     """{shard: fault} of the shards that are not complete."""
@@ -129,20 +137,34 @@ class ImageStore:
       name = self._name(kind, shard)
       _write(self.path / name, data)
       files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    about = {"num_images": len(arrays["labels"]), "files": files}
-    _write(self.path / self._name("shard", shard, "json"), _dump(about))
+    about = {"num_images": len(arrays["labels"]), "maker": self.maker, "files": files}
+    _write(self._about(shard), _dump(about))
 
   def finish(self) -> str | None:
-    """Writes manifest.json if every shard is complete and returns its SHA-256; else None. May be called by any process."""
+    """Writes manifest.json if every shard is complete and returns its SHA-256; else None. May be called by any process.
+
+    What killed writers left half written is then taken away.
+    """
     if self.missing():
       return None
     files = {}
     for shard in range(self.plan.num_shards):
-      files |= json.loads((self.path / self._name("shard", shard, "json")).read_text())["files"]
-    data = _dump(self.plan.as_json() | {"num_shards": self.plan.num_shards, "files": files})
+      files |= _read_json(self._about(shard), SHARD_KEYS)["files"]
+    makers = self.makers(range(self.plan.num_shards))
+    data = _dump(self.plan.as_json() | {"num_shards": self.plan.num_shards, "makers": makers, "files": files})
     if not (self.path / MANIFEST).exists() or (self.path / MANIFEST).read_bytes() != data:
       _write(self.path / MANIFEST, data)
+    for left in self.path.glob(f".*{TEMPORARY}"):
+      left.unlink(missing_ok=True)
     return hashlib.sha256(data).hexdigest()
+
+  def makers(self, shards: Iterable[int]) -> dict[str, int]:
+    """{maker: number of images it made} of complete shards."""
+    found = collections.Counter()
+    for shard in shards:
+      about = _read_json(self._about(shard), SHARD_KEYS)
+      found[about["maker"]] += about["num_images"]
+    return dict(found)
 
   def read(self, shard: int) -> dict[str, np.ndarray]:
     """{'images', 'labels', 'ids'} of a complete shard, memory-mapped."""
@@ -151,8 +173,8 @@ class ImageStore:
   def _name(self, kind: str, shard: int, suffix: str = "npy") -> str:
     return _shard_name(kind, shard, self.plan.num_shards, suffix)
 
-  def _names(self, shard: int) -> list[str]:
-    return [self._name(kind, shard) for kind in ARRAYS]
+  def _about(self, shard: int) -> pathlib.Path:
+    return self.path / self._name("shard", shard, "json")
 
   def _check_arrays(self, shard: int, arrays: Mapping[str, np.ndarray]) -> None:
     if not 0 <= shard < self.plan.num_shards:
@@ -182,7 +204,7 @@ def check_place(path: str | os.PathLike, plan: StorePlan) -> None:
     if any(not entry.name.startswith(".") for entry in path.iterdir()):
       raise InputError(f"{path} is not empty and holds no {PLAN}: it is no image store")
     return
-  stored = _read_json(path / PLAN)
+  stored = _read_json(path / PLAN, {})
   changed = _differences(stored, plan.as_json())
   if changed:
     shown = "; ".join(changed[:6]) + ("; ..." if len(changed) > 6 else "")
@@ -201,20 +223,20 @@ def image_store(
   root = split_folder(existing(path, "the folder of an image store"), split)
   manifest = _read_manifest(root)
   for name, about in manifest["files"].items():
-    if fault := _fault(root / name, about["bytes"], about["sha256"], thorough=False):
+    if fault := _fault(root / name, about, thorough=False):
       raise InputError(f"{fault}; generate the store again to mend it")
   files = {
     kind: [root / _shard_name(kind, shard, manifest["num_shards"]) for shard in range(manifest["num_shards"])]
     for kind in ARRAYS
   }
-  parts = {"images": [read_npy(file) for file in files["images"]]}
-  # copied, so that their files are closed: a process may have about a thousand open
-  parts |= {kind: [np.array(read_npy(file)) for file in files[kind]] for kind in ("labels", "ids")}
+  parts = {kind: map(read_npy, of_kind) for kind, of_kind in files.items()}
   if num_classes not in (0, manifest["num_classes"]):
     raise InputError(f"{root}: num_classes={num_classes}; the store has {manifest['num_classes']} classes")
   names = agreed_names(tuple(manifest["class_names"]), class_names, str(root))
   source = image_source(parts["images"], parts["labels"], str(root), manifest["num_classes"], names)
-  return dataclasses.replace(source, ids=np.concatenate(parts["ids"]))
+  if len(source) != manifest["num_images"]:
+    raise InputError(f"{root} holds {len(source)} images, and {MANIFEST} says {manifest['num_images']}")
+  return dataclasses.replace(source, ids=np.concatenate([np.array(ids) for ids in parts["ids"]]))
 
 
 def verify(path: str | os.PathLike) -> int:
@@ -225,7 +247,7 @@ def verify(path: str | os.PathLike) -> int:
   root = pathlib.Path(path).expanduser()
   manifest = _read_manifest(root)
   for name, about in manifest["files"].items():
-    if fault := _fault(root / name, about["bytes"], about["sha256"], thorough=True):
+    if fault := _fault(root / name, about, thorough=True):
       raise InputError(fault)
   return manifest["num_images"]
 
@@ -237,16 +259,16 @@ def _shard_name(kind: str, shard: int, num_shards: int, suffix: str = "npy") -> 
   return f"{kind}-{shard:05d}-of-{num_shards:05d}.{suffix}"
 
 
-def _fault(file: pathlib.Path, size: int, sha256: str, thorough: bool) -> str | None:
-  """What is wrong with a file that should have this size and hash."""
+def _fault(file: pathlib.Path, about: Mapping[str, Any], thorough: bool) -> str | None:
+  """What is wrong with a file that should have these 'bytes' and 'sha256'."""
   if not file.exists():
     return f"{file} is missing"
   found = file.stat().st_size
-  if found != size:
-    return f"{file} has {found} bytes, expected {size}"
+  if found != about["bytes"]:
+    return f"{file} has {found} bytes, expected {about['bytes']}"
   if thorough:
     with open(file, "rb") as stream:
-      if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+      if hashlib.file_digest(stream, "sha256").hexdigest() != about["sha256"]:
         return f"{file} is damaged: its SHA-256 is not the recorded one"
   return None
 
@@ -254,30 +276,48 @@ def _fault(file: pathlib.Path, size: int, sha256: str, thorough: bool) -> str | 
 def _read_manifest(root: pathlib.Path) -> dict[str, Any]:
   if not (root / MANIFEST).is_file():
     if (root / PLAN).is_file():
-      plan = _read_json(root / PLAN)
-      total = -(-plan["num_images"] // plan["images_per_shard"])
+      plan = _read_json(root / PLAN, PLAN_KEYS)
+      total = -(-plan["num_images"] // max(1, plan["images_per_shard"]))
       done = len(list(root.glob("shard-*-of-*.json")))
       raise InputError(
         f"{root} is not complete: {done} of {total} shards are there and no {MANIFEST}; finish its generation"
       )
     raise InputError(f"{root} is no image store: it holds no {MANIFEST}")
-  manifest = _read_json(root / MANIFEST)
-  missing = [
-    key for key in ("num_images", "num_shards", "num_classes", "class_names", "files") if key not in manifest
-  ]
-  if manifest.get("format") != FORMAT or missing:
+  manifest = _read_json(root / MANIFEST, MANIFEST_KEYS)
+  if manifest.get("format") != FORMAT:
     raise InputError(f"{root / MANIFEST} is not the manifest of an image store of format {FORMAT}")
+  num_shards = manifest["num_shards"]
+  if not 1 <= num_shards <= len(manifest["files"]):
+    raise InputError(f"{root / MANIFEST} names {len(manifest['files'])} files of {num_shards} shards")
+  names = [_shard_name(kind, shard, num_shards) for shard in range(num_shards) for kind in ARRAYS]
+  try:
+    _check_files(manifest["files"], names)
+  except InputError as error:
+    raise InputError(f"{root / MANIFEST} is damaged: {error}") from None
   return manifest
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
+def _read_json(file: pathlib.Path, keys: Mapping[str, type]) -> dict[str, Any]:
+  """The object in a JSON file; InputError unless it has these keys with values of these types."""
   try:
     found = json.loads(file.read_text())
   except ValueError:
     found = None
   if not isinstance(found, dict):
     raise InputError(f"{file} is not JSON, or damaged")
+  for key, kind in keys.items():
+    if type(found.get(key)) is not kind:
+      raise InputError(f"{file} is damaged: {key!r} must be there, a {kind.__name__}")
   return found
+
+
+def _check_files(files: Mapping[str, Any], names: list[str]) -> None:
+  """InputError unless `files` is {name: {'bytes': int, 'sha256': str}} for just these names."""
+  if wrong := sorted(files.keys() ^ set(names)):
+    raise InputError(f"{wrong[0]} is {'missing in' if wrong[0] in names else 'no file of'} the store")
+  for name, about in files.items():
+    if not (isinstance(about, dict) and type(about.get("bytes")) is int and type(about.get("sha256")) is str):
+      raise InputError(f"{name} has no 'bytes' and 'sha256'")
 
 
 def _dump(value: Any) -> bytes:
@@ -312,26 +352,23 @@ def _npy_bytes(array: np.ndarray) -> bytes:
 
 
 def _write(file: pathlib.Path, data: bytes) -> None:
-  """The file whole or not at all; what killed writers of it left is taken away.
-
-  Two processes may write the same at once; RunError if what the other wrote is not the same.
-  """
-  temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+  """The file whole or not at all. Two processes may write the same at once; RunError if they do not write the same."""
+  temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}{TEMPORARY}")
   try:
     with open(temporary, "wb") as stream:
       stream.write(data)
       stream.flush()
       os.fsync(stream.fileno())
     os.replace(temporary, file)
-  except FileNotFoundError:  # another process was faster and took the temporary file for one that was left
+  except (
+    FileNotFoundError
+  ):  # another process finished the store and took the temporary file for one that was left
     if not file.exists() or file.read_bytes() != data:
       raise RunError(f"{file} is being written by another process too, and not with the same data") from None
   except OSError:
     temporary.unlink(missing_ok=True)
     raise
   _sync_folder(file.parent)
-  for left in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
-    left.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

@@ -36,7 +36,7 @@ class Rows:
     shapes = sorted({f"{part.dtype} {list(part.shape[1:])}" for part in parts})
     if len(shapes) != 1:
       raise InputError(f"the parts of one data set must agree; found images {' and '.join(shapes)}")
-    self.parts, self.index = [FileRows(part) if _is_mapped(part) else part for part in parts], index
+    self.parts, self.index = [detached(part) for part in parts], index
     self.starts = np.cumsum([0] + [len(part) for part in parts])
     self.dtype = parts[0].dtype
     self.shape = (int(self.starts[-1]) if index is None else len(index), *parts[0].shape[1:])
@@ -76,14 +76,15 @@ class FileRows:
 
   Rows taken at random from a large map cost one page fault for every 4 KiB, with a read-ahead that is thrown
   away. One system call for each run of neighbouring rows reads the same bytes about ten times faster from a
-  cold file, and other threads go on meanwhile. RunError if the file has become shorter since.
+  cold file, and other threads go on meanwhile. The file is open only while it is read: a data set may have more parts
+  than a process may have open files. RunError if the file has become shorter since, or is gone.
   """
 
   def __init__(self, array: np.memmap):
     root = array
     while isinstance(root.base, np.ndarray):
       root = root.base
-    self.file = open(root.filename, "rb", buffering=0)  # closed with the last reference
+    self.path = root.filename
     self.offset = root.offset + array.ctypes.data - root.ctypes.data
     self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
     self.row_bytes = array.nbytes // len(array)
@@ -96,17 +97,27 @@ class FileRows:
     view = memoryview(out.reshape(-1).view(np.uint8))
     starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
     stops = np.append(starts, len(rows))[1:]
-    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-      piece = view[start * self.row_bytes : stop * self.row_bytes]
-      at = self.offset + int(rows[start]) * self.row_bytes
-      while piece:
-        count = os.preadv(self.file.fileno(), [piece[: 2**30]], at)
-        if not count:
-          raise RunError(
-            f"{self.file.name} became shorter while it was read; start again with the whole file"
-          )
-        piece, at = piece[count:], at + count
+    try:
+      with open(self.path, "rb", buffering=0) as file:
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+          piece = view[start * self.row_bytes : stop * self.row_bytes]
+          self._read(file, piece, self.offset + int(rows[start]) * self.row_bytes)
+    except OSError as error:
+      raise RunError(f"{self.path} can no longer be read: {error.strerror}") from error
     return out
+
+  def _read(self, file, piece: memoryview, at: int) -> None:
+    while piece:
+      count = os.preadv(file.fileno(), [piece[: 2**30]], at)
+      if not count:
+        raise RunError(f"{self.path} became shorter while it was read; start again with the whole file")
+      piece, at = piece[count:], at + count
+
+
+def detached(part):
+  """A memory-mapped array as `FileRows`, which leaves no file open; any other part of `Rows` as it is."""
+  mapped = isinstance(part, np.memmap) and part.flags.c_contiguous and len(part) > 0
+  return FileRows(part) if mapped and hasattr(os, "preadv") else part
 
 
 class Decoded:
@@ -288,10 +299,6 @@ def natural(path: pathlib.Path) -> list:
 
 def _line(error: Exception) -> str:
   return " ".join(str(error).split()) or type(error).__name__
-
-
-def _is_mapped(part) -> bool:
-  return isinstance(part, np.memmap) and part.flags.c_contiguous and len(part) > 0 and hasattr(os, "preadv")
 
 
 def _gather(part, rows: np.ndarray) -> np.ndarray:

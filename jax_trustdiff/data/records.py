@@ -1,11 +1,11 @@
 """The one form of a data set, `ImageSource`: uint8 images [n h w c], integer labels, ids; and parts of it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jax_trustdiff.data.readers import Rows
+from jax_trustdiff.data.readers import Rows, detached
 from jax_trustdiff.types import InputError
 
 SPLITS = ("train", "test")
@@ -55,21 +55,22 @@ class ImageSource:
 
 
 def image_source(
-  images: Sequence,
-  labels: Sequence[np.ndarray],
+  images: Iterable,
+  labels: Iterable[np.ndarray],
   where: str,
   num_classes: int = 0,
   class_names: Sequence[str] = (),
 ) -> ImageSource:
   """An ImageSource of checked parts; `where` names them in error messages.
 
+  Parts that are memory maps are let go one by one: given by generators, no more than one file is open.
   images: parts uint8 [n h w c], or [n h w] for one channel, or floats in [0, 1] (become round(255 x))
   labels: parts of integers [n] or [n 1], one for each part of images
   num_classes: 0 is the number of class names, or without names the largest label plus one
   class_names: one for each class; without them the classes are called '0', '1', ...
   """
-  images = [_checked_images(part, where) for part in images]
-  labels = [_checked_labels(part, where) for part in labels]
+  images = [detached(_checked_images(part, where)) for part in images]
+  labels = [np.array(_checked_labels(part, where)) for part in labels]
   for image_part, label_part in zip(images, labels, strict=True):
     if len(image_part) != len(label_part):
       raise InputError(

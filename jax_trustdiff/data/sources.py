@@ -51,9 +51,11 @@ def npz(
         f"{file} is not the split '{split}'; give a folder with files {split}*.npz,"
         " or one file with keys x_train, y_train, x_test, y_test"
       )
-    images.append(members[image_key]())
-    labels.append(members[label_key]())
-  return image_source(images, labels, str(root), num_classes, class_names)
+    images.append(members[image_key])
+    labels.append(members[label_key])
+  return image_source(
+    (read() for read in images), (read() for read in labels), str(root), num_classes, class_names
+  )
 
 
 def npy(
@@ -81,7 +83,7 @@ def npy(
   for file, label_file in zip(files, label_files, strict=True):
     if not label_file.exists():
       raise InputError(f"{file} has no labels: {label_file.name} is missing beside it")
-  images, labels = ([readers.read_npy(file) for file in part] for part in (files, label_files))
+  images, labels = (map(readers.read_npy, part) for part in (files, label_files))
   return image_source(images, labels, str(root), num_classes, class_names)
 
 

@@ -65,7 +65,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 
   workdir.open()
   parallel.barrier("workdir")
-  store = ImageStore(path, plan)
+  store = ImageStore(path, plan, maker())
   made, seconds = _generate(
     config, store, sampler, model.denoiser, labels_of, range(worker, plan.num_shards, num_workers)
   )
@@ -93,6 +93,12 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     write_atomically(workdir / "store.json", json.dumps(about, indent=2) + "\n")
     _report(config, workdir, store, shards, np.unique(labels), metrics, sha256)
   return metrics
+
+
+def maker() -> str:
+  """Where images are computed, as far as their rounding depends on it: version of JAX and kind of device."""
+  device = jax.devices()[0]
+  return f"jax {jax.__version__}, {device.platform} {device.device_kind}"
 
 
 def load_model(config) -> Model:
@@ -327,7 +333,10 @@ def _report(
     ),
     metrics=metrics,
     figures=[(folder / "samples.png", caption)],
-    tables=[("Origin of the images", ["", "value"], [[k, str(v)] for k, v in plan.provenance.items()])],
+    tables=[
+      ("Origin of the images", ["", "value"], [[k, str(v)] for k, v in plan.provenance.items()]),
+      ("Makers", ["", "images"], [[k, f"{v:,}"] for k, v in store.makers(shards).items()]),
+    ],
     config_text=config_lib.to_json(config),
     info=workdir.information(),
   )
@@ -347,10 +356,14 @@ def _shown(
       found[label].extend(np.asarray(part["images"][rows]))
     if all(len(images) == each for images in found.values()):
       break
-  images = np.stack([image for images in found.values() for image in images])
   if len(classes) == 1:
+    images = np.stack(found[classes[0]])
     return images, int(np.ceil(np.sqrt(len(images)))), f"The first {len(images)} images"
-  return images, each, f"The first {each} images of each of {len(classes)} classes, a row for each class"
+  each = max(map(len, found.values()))
+  blank = np.full(store.plan.image_shape, 255, np.uint8)
+  rows = [images + [blank] * (each - len(images)) for images in found.values()]
+  caption = f"The first images of each of {len(classes)} classes, a row for each class, up to {each}"
+  return np.stack(sum(rows, [])), each, caption
 
 
 def _size(count: int) -> str:

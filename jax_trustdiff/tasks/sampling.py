@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +18,13 @@ from jax_trustdiff.diffusion.solvers import initial_noise
 from jax_trustdiff.training.progress import ProgressReport
 from jax_trustdiff.types import DenoiseFn, InputError, RunError
 
-LABEL_KEY = 2**31 - 3  # folded into an image's key: no number of a step, and not that of the initial noise
+LABEL_KEY = 2**31 - 4  # folded into an image's key: no number of a step, and not that of any other draw
 
 
 class ImageSampler:
   """uint8 images [n h w c] by their ids: image i is the same, to the byte, whatever is asked for beside it.
 
-  Batch size, number of devices and order make no difference. The key of image i is fold_in(key(seed), i). A value v in
+  Batch size, number of devices and order make no difference. The key of image i is that of `image_keys`. A value v in
   [-1, 1] becomes 127.5 v + 128, cut off and clipped to 0 .. 255 (Karras et al. 2022).
 
   XLA rounds a convolution or a matrix product differently in programs of different shapes, and differently in different
@@ -149,8 +150,9 @@ class ImageSampler:
 
 
 def image_keys(seed: int, ids: jax.Array) -> jax.Array:
-  """The typed key of each image: fold_in(key(seed), id)."""
-  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), ids)
+  """The typed key of each image: its id folded into a key of the seed from which no other task draws."""
+  key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"images"))
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
 
 
 def quantise(x: jax.Array) -> jax.Array:
