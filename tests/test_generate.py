@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -251,6 +252,27 @@ def test_killed_again_and_again_and_shared_out_the_store_is_the_same(exported, t
     *(process(exported, tmp_path / f"worker{i}", f"--config.generate.worker={i}", *number) for i in (0, 1))
   )
   assert contents(tmp_path / "shared") == expected
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_run_share_the_shards_out(exported, tmp_path):
+  job = arguments(exported, tmp_path / "one")
+  assert run(*job) == 0
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, "-m", "jax_trustdiff.main", *arguments(exported, tmp_path / "two")]
+  command += [f"--coordinator=localhost:{port}", "--num_processes=2"]
+  said = finish(
+    *(
+      subprocess.Popen([*command, f"--process_id={i}"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+      for i in (0, 1)
+    )
+  )
+  assert contents(tmp_path / "one/images") == contents(tmp_path / "two/images")
+  assert "64 images to generate" in said[0] and "32 images to generate" not in said[0]
+  result = json.loads((tmp_path / "two/result.json").read_text())["metrics"]
+  assert (result["num_images"], result["generated"]) == (96, 64)  # shards 0 and 2 of three
 
 
 def test_smoke_is_a_network_that_was_never_trained():

@@ -72,7 +72,9 @@ def diffusion_report(
   """Training curves, samples from first to last beside training images, and report.html of one diffusion model."""
   folder = workdir / "report"
   folder.mkdir(exist_ok=True)
-  report.training_curves(workdir.read_metrics(), folder / "training_curves.png")
+  numbers = {"validation/num_generated", "validation/num_reference"}  # the same in every row
+  rows = [{k: v for k, v in row.items() if k not in numbers} for row in workdir.read_metrics()]
+  report.training_curves(rows, folder / "training_curves.png")
   count = min(config.eval.num_pictures, len(train))
   report.image_grid(train.take(np.arange(count))["image"], folder / "training_images.png")
   shown = sorted({samples[0], samples[len(samples) // 2], samples[-1]})
