@@ -15,11 +15,8 @@ from jaxtyping import Array, Float, Key, Shaped
 from jax_trustdiff.models import layers
 from jax_trustdiff.types import InputError, Variables
 
-SHIFT = (
-  -0.030,
-  -0.088,
-  -0.188,
-)  # mean and standard deviation of ImageNet's channels in [-1, 1], as published
+# mean and standard deviation of ImageNet's channels, for images in [-1, 1], as published
+SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 TINY = 1e-20  # beside squared norms, so that features that are all zero stay zero and have a gradient
 
@@ -30,8 +27,8 @@ class PerceptualDistance:
   """Signed images x, y [b h w c] -> LPIPS distances [b], at least 0; a callable pytree whose leaves are the variables.
 
   network: 'alexnet' (usual for measuring; height and width at least 31) or 'vgg16' (usual as a loss; at least 16).
-  c is 3 (RGB), or 1: grey is repeated. Images are not resized, and the size matters: published numbers are of 64 x 64
-  or more. But for rounding the distance is symmetric, 0 between equal images (where its gradient is 0 too), and does
+  c is 3 (RGB), or 1: grey is repeated. Images are not resized; the heads were fitted to patches of 64 x 64.
+  But for rounding the distance is symmetric, 0 between equal images (where its gradient is 0 too), and does
   not depend on the other pairs of the batch. Convolutions are computed in full float32 on accelerators too.
   Raises InputError for images that are not floats, not [b h w c], of another number of channels, too small, or of two
   shapes.
@@ -97,7 +94,7 @@ class LPIPS(nn.Module):
 
 
 class AlexNet(nn.Module):
-  """The five convolutions of AlexNet with one column of half the width (Krizhevsky 2014), each after its ReLU."""
+  """The five convolutions of AlexNet in its form of 2014 (Krizhevsky, arXiv:1404.5997), each after its ReLU."""
 
   min_size = 31
 
