@@ -105,7 +105,7 @@ def test_each_term_is_that_of_equation_1(distance):
   )
   trunk = {"params": distance.variables["params"]["trunk"]}
   f, g = (lpips.AlexNet().apply(trunk, jnp.asarray(z)) for z in scaled)
-  assert [a.shape[1:] for a in f] == [(11, 10, 64), (5, 4, 192), (2, 1, 384), (2, 1, 256), (2, 1, 256)]
+  assert [a.shape[1:] for a in f] == [(11, 9, 64), (5, 4, 192), (2, 1, 384), (2, 1, 256), (2, 1, 256)]
   expected = []
   for i, (a, b) in enumerate(zip(f, g, strict=True), 1):
     a, b = (np.asarray(z, np.float64) for z in (a, b))
