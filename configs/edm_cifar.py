@@ -16,8 +16,9 @@ Variants:
   ncsnpp                      the other network of the paper
   vp, ve                      preconditioning, loss and sampler of Song et al. 2021 as the paper has them (its DDPM++ and NCSN++
                               networks in the paper's configuration C)
-  ddpm                        noise prediction with the linear betas of Ho et al. 2020, at continuous times; ancestral
-                              sampling in 1000 steps
+  ddpm                        noise levels, loss and sampler of Ho et al. 2020: whole times of 1000 linear betas, of which
+                              the network knows no others, and ancestral sampling through all of them (fewer
+                              sampler.num_steps: evenly spaced ones, as DDIM has them); network and optimizer as above
   config_a ... config_e       table 2 row by row, from Song et al.'s DDPM++ (A) to the last but augmentation (E)
   short                       20 million images with a shorter ramp: for a GPU and half an hour or more
   cpu                         a small U-Net on Fashion-MNIST (data.path: a folder with its four idx files) in
@@ -164,20 +165,21 @@ def _ve(config):
 
 
 def _ddpm(config):
-  """The betas of Ho et al. 2020; trained and sampled at the same noise levels, within the range of their 1000 times."""
-  config.diffusion.preconditioning = dict(
-    name="discrete", prediction="noise", schedule="linear", beta_start=1e-4, beta_end=0.02, num_steps=1000
-  )
-  config.diffusion.loss = dict(name="vp", beta_d=19.9, beta_min=0.1, t_min=1e-3)
+  """Ho et al. 2020 (arXiv:2006.11239): algorithm 1 with L_simple, and algorithm 2 with the posterior's variance."""
+  betas = dict(schedule="linear", beta_start=1e-4, beta_end=0.02, num_steps=1000)
+  table = "discrete:" + ",".join(f"{key}={value}" for key, value in betas.items())
+  config.diffusion.preconditioning = dict(name="discrete", prediction="noise", **betas, whole_times=True)
+  config.diffusion.loss = dict(name="ddpm", process=table)
   config.augment_pipe = dict(name="none")
   config.augment = dict(name="flip")
   config.sampler = dict(
     name="ancestral",
     num_steps=1000,
-    sigma_min=0.0104859930,
-    sigma_max=152.1669659,
-    rho=7.0,
-    discretization="vp",
+    sigma_min=0.002,  # the table's, 0.01 to 157.4, lie within
+    sigma_max=1000.0,
+    rho=7.0,  # not used
+    discretization="table",
+    round_to=table,
     eta=1.0,
   )
 

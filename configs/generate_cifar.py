@@ -36,6 +36,8 @@ def get_config(variant: str = "") -> ConfigDict:
   config.seed = 0
   config.seeds = ""
   config.init_from = ""  # an export, an EDM snapshot (.pkl), or 'untrained': the network of the section below
+  # a network that knows whole times only (iDDPM, DDPM) is also told times in between, which are new to it
+  config.continuous_times = False
   config.sampler = dict(
     name="edm",
     num_steps=18,

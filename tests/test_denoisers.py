@@ -92,6 +92,30 @@ def test_vp_and_iddpm_tell_the_network_its_time():
   assert PRECONDITIONINGS["ve"]().round_sigma(SIGMA) is SIGMA
 
 
+def test_discrete_with_whole_times():
+  """A network is told the nearest time of the table, or one in between; iDDPM likewise where that is asked for."""
+  betas = dict(schedule="linear", beta_start=1e-4, beta_end=0.02)
+  for name, fields, default in (("discrete", betas, False), ("iddpm", {}, True)):
+    whole, between = (PRECONDITIONINGS[name](**fields, whole_times=value) for value in (True, False))
+    assert PRECONDITIONINGS[name](**fields) == (whole if default else between)
+    levels = whole.process.sigmas
+    sigma = jnp.asarray(np.sqrt(levels[[500, 700]] * levels[[501, 701]]) * 0.9999, jnp.float32)
+    np.testing.assert_array_equal(whole.coefficients(sigma).noise, [500, 700])
+    np.testing.assert_allclose(between.coefficients(sigma).noise, [500.5, 700.5], atol=0.05)
+    np.testing.assert_allclose(whole.round_sigma(sigma), levels[[500, 700]], rtol=1e-6)
+    assert between.round_sigma(sigma) is sigma
+    every = jnp.asarray(levels, jnp.float32)
+    np.testing.assert_array_equal(whole.coefficients(every).noise, np.arange(1000))
+    np.testing.assert_array_equal(whole.round_sigma(every), every)
+
+
+@pytest.mark.parametrize("name", PRECONDITIONINGS)
+def test_coefficients_keep_the_precision_of_sigma(float64, name):
+  for dtype in (jnp.float32, jnp.float64):
+    found = PRECONDITIONINGS[name]().coefficients(jnp.asarray(SIGMA, dtype))
+    assert {value.dtype for value in found} == {jnp.dtype(dtype)}
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Perfect:

@@ -59,6 +59,23 @@ def test_numbers_are_those_of_the_library_and_do_not_depend_on_the_batch(smoke, 
   assert np.corrcoef(direct, first[:4])[0, 1] > 0.5
 
 
+def test_a_model_of_whole_times():
+  """Refused, with the words that help; with these its network is told times in between."""
+  plain = config_lib.to_plain(config_lib.load("configs/evaluate_likelihood.py:smoke"))
+  plain["untrained"]["preconditioning"] = {"name": "iddpm"}
+  config = config_lib.from_plain(plain)
+  denoise, known = denoisers.load_or_make(config)
+  assert denoise.preconditioning.whole_times and known["denoiser"] == {"name": "iddpm"}
+  with pytest.raises(InputError, match="continuous_times=True"):
+    evaluate_likelihood._likelihood(config, denoise)
+  config_lib.override(config, {"continuous_times": True})
+  denoise, known = denoisers.load_or_make(config)
+  assert not denoise.preconditioning.whole_times
+  assert known["denoiser"] == {"name": "iddpm", "whole_times": False}
+  likelihood = evaluate_likelihood._likelihood(config, denoise)
+  assert likelihood.solver.sigma_min == denoise.preconditioning.sigma_min
+
+
 @pytest.mark.parametrize(
   "overrides, message",
   [

@@ -120,6 +120,24 @@ def test_cost_and_independence_of_the_batch(name):
   np.testing.assert_allclose(np.concatenate(halves), together, rtol=0, atol=rounding)
 
 
+@pytest.mark.parametrize(
+  "name",
+  [
+    name if name in (*QUICK, "adaptive_sde") else pytest.param(name, marks=pytest.mark.slow) for name in SMALL
+  ],
+)
+def test_the_precision_is_that_of_the_noise(float64, name):
+  """In 64-bit mode too: float32 stays float32 and gives the images of 32-bit mode."""
+  keys, noise = small(4)
+  run = lambda x: jax.jit(lambda x, k: SMALL[name](WORLD, x, k))(x, keys)  # noqa: E731
+  found = run(noise)
+  assert noise.dtype == found.dtype == jnp.float32
+  assert run(noise.astype(jnp.float64)).dtype == jnp.float64
+  jax.config.update("jax_enable_x64", False)
+  assert np.isfinite(found).all()
+  np.testing.assert_allclose(found, run(noise), rtol=0, atol=1e-3)
+
+
 def test_another_key_is_another_image():
   keys, noise = small(4)
   others = small(4, seed=1)[0]

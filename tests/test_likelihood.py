@@ -45,7 +45,7 @@ def run(likelihood, denoise, x, keys=None):
 
 
 SOLVERS = {
-  "adaptive": AdaptiveODESampler(),
+  "adaptive": AdaptiveODESampler(rtol=1e-6, atol=1e-6),
   "coupled": AdaptiveODESampler(solver="dopri5", coupled=True),
   "grid": EDMSampler(num_steps=256),
   "grid_vp": EDMSampler(num_steps=256, schedule="vp", scaling="vp"),
@@ -74,6 +74,49 @@ def test_exact_trace_in_float32():
   assert jnp.abs(found.log_prob - exact(world, x)).max() < 0.02
   wider = dataclasses.replace(world, variance=world.variance * 1.05**2)
   assert jnp.abs(found.log_prob - exact(wider, x)).mean() > 0.1
+
+
+@pytest.mark.parametrize("solver", [AdaptiveODESampler(rtol=1e-5, atol=1e-5), slow(EDMSampler(64))])
+def test_the_precision_is_that_of_the_images(float64, solver):
+  """In 64-bit mode too: float32 stays float32 and gives the numbers of 32-bit mode."""
+  world, x = mixture(jnp.float32, 4)
+  likelihood = ODELikelihood(solver, trace="exact")
+  found = run(likelihood, world, x)
+  assert found.log_prob.dtype == found.bits_per_dim.dtype == found.z.dtype == jnp.float32
+  assert run(ODELikelihood(solver), world, x, image_keys(4)).log_prob.dtype == jnp.float32
+  assert run(likelihood, world, x.astype(jnp.float64)).log_prob.dtype == jnp.float64
+  jax.config.update("jax_enable_x64", False)
+  assert np.isfinite(found.log_prob).all()
+  np.testing.assert_allclose(found.log_prob, run(likelihood, world, x).log_prob, rtol=0, atol=0.01)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Independent:
+  """A DenoiseFn: Gaussian pixels with mean zero and these variances."""
+
+  variance: jax.Array  # [h w c]
+
+  def __call__(self, x, sigma):
+    return x * self.variance / (self.variance + jnp.square(sigma)[:, None, None, None])
+
+  def log_density(self, x):
+    total, x = (np.asarray(value, np.float64) for value in (self.variance, x))
+    total = total + SIGMA_MIN**2
+    return -(x**2 / total + np.log(2 * np.pi * total)).sum((1, 2, 3)) / 2
+
+
+def test_error_in_192_dimensions():
+  """Variances from 0.001 to 0.7: at the defaults a sum over 192 pixels is right to 0.02 nats."""
+  shape = (8, 8, 3)
+  world = Independent(jnp.asarray(np.geomspace(0.001, 0.7, 192).reshape(shape), jnp.float32))
+  r = np.random.default_rng(0)
+  x = jnp.asarray(r.normal(size=(4, *shape)) * np.sqrt(world.variance + SIGMA_MIN**2), jnp.float32)
+  likelihood = ODELikelihood(trace="exact", data_std=float(np.sqrt(world.variance.mean())), basis_chunk=64)
+  found = run(likelihood, world, x).log_prob
+  error = np.asarray(found, np.float64) - world.log_density(x)
+  print(f"error in 192 dimensions: {error.round(4)} nats")
+  assert np.abs(error).max() < 0.02
 
 
 @pytest.mark.slow
@@ -233,6 +276,14 @@ def test_bits_of_uniform_images(float64, levels, bits):
   inside = (images >= levels[0] + 4).all((1, 2, 3)) & (images < levels[1] - 4).all((1, 2, 3))
   assert inside.sum() > 10
   np.testing.assert_allclose(found.bits_per_dim[inside], bits, atol=0.003)
+
+
+def test_dequantise_is_of_float32_in_64_bit_mode(float64):
+  images, keys = jnp.full((2, 4, 4, 3), 255, jnp.uint8), image_keys(2)
+  found = dequantise(images, keys)
+  jax.config.update("jax_enable_x64", False)
+  assert found.dtype == jnp.float32
+  np.testing.assert_array_equal(found, dequantise(images, keys))
 
 
 def test_dequantise():

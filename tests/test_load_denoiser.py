@@ -362,11 +362,29 @@ def test_a_sampler_visits_the_levels_that_an_iddpm_network_knows():
   [
     ("predictor_corrector", "ve", "choose sampler.process to fit"),
     ("euler_maruyama", "iddpm", "cannot round"),
+    ("adaptive_ode", "iddpm", "'adaptive_ode' cannot round; .* whole_times=False"),
   ],
 )
 def test_a_sampler_of_other_levels_is_refused(name, preconditioning, message):
   with pytest.raises(InputError, match=message):
     denoisers.build_sampler({"name": name}, denoisers.build_preconditioning({"name": preconditioning}))
+
+
+def test_a_model_of_whole_times_is_told_times_in_between_where_that_is_asked_for():
+  between = denoisers.build_preconditioning({"name": "iddpm", "whole_times": False})
+  sampler = denoisers.build_sampler({"name": "adaptive_ode"}, between)
+  assert (sampler.sigma_min, sampler.sigma_max) == (between.process.sigmas[0], 80.0)
+  assert denoisers.build_sampler({"name": "edm"}, between).round_to == ""
+
+
+def test_a_sampler_that_rounds_to_other_levels_is_refused():
+  section = {"name": "ancestral", "discretization": "table", "round_to": "discrete"}
+  with pytest.raises(InputError, match="sampler.round_to is Discrete.*and the model knows IDDPM"):
+    denoisers.build_sampler(section, denoisers.build_preconditioning({"name": "iddpm"}))
+  preconditioning = denoisers.build_preconditioning({"name": "discrete", "whole_times": True})
+  assert np.isin(
+    denoisers.build_sampler(section, preconditioning).sigmas, preconditioning.process.sigmas
+  ).all()
 
 
 @pytest.mark.parametrize(

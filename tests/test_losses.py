@@ -10,8 +10,16 @@ import scipy.stats
 from worlds import GaussianMixture
 
 from jax_trustdiff.diffusion.denoisers import Denoiser, EDMPreconditioning
-from jax_trustdiff.diffusion.losses import LOSSES, EDMLoss, NoiseLoss, ScoreMatchingLoss, ve_loss, vp_loss
-from jax_trustdiff.diffusion.processes import EDM, VE, VP, SubVP
+from jax_trustdiff.diffusion.losses import (
+  LOSSES,
+  DDPMLoss,
+  EDMLoss,
+  NoiseLoss,
+  ScoreMatchingLoss,
+  ve_loss,
+  vp_loss,
+)
+from jax_trustdiff.diffusion.processes import EDM, VE, VP, Discrete, SubVP
 from jax_trustdiff.types import InputError
 
 VARIANCE = 0.3
@@ -26,6 +34,7 @@ ALL = {
   "edm2": EDMLoss(log_mean=-0.4, log_std=1.0, sigma_data=0.7),
   "vp": vp_loss(t_min=1e-3),
   "ve": ve_loss(),
+  "ddpm": DDPMLoss(),
   "dsm_vp": ScoreMatchingLoss(VP(t_min=1e-3)),
   "dsm_subvp": ScoreMatchingLoss(SubVP()),
   "likelihood_vp": ScoreMatchingLoss(VP(t_min=0.01), likelihood_weighting=True),
@@ -40,6 +49,10 @@ def expectation(loss, f):
     sigma, density = np.exp(loss.log_mean + loss.log_std * z), np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
     weight = (sigma**2 + loss.sigma_data**2) / (sigma * loss.sigma_data) ** 2
     return np.trapezoid(density * weight * f(sigma), z)
+  if isinstance(loss, DDPMLoss):  # the mean over the times of Ho et al.: a sum, and alpha_bar by its product
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    sigma = np.sqrt((1 - alpha_bar) / alpha_bar)
+    return np.mean(f(sigma) / sigma**2)
   first, last = loss.process.t_range
   t = first + (last - first) * np.linspace(0, 1, 200_001) ** 3  # closer where the noise is small
   sigma = np.asarray(loss.process.sigma(jnp.asarray(t)), np.float64)
@@ -172,6 +185,33 @@ def test_times_are_uniform(process, likelihood_weighting):
     assert scipy.stats.kstest(other, scipy.stats.uniform(first, last - first).cdf).pvalue < 1e-4
 
 
+def test_whole_times_are_as_likely():
+  """Every level of the table, exactly and with its multiplicity; the last time left out is noticed."""
+  loss = DDPMLoss()
+  sigma = np.asarray(loss.sample_sigma(jax.random.key(5), (200_000,)))
+  levels = loss.process.sigmas.astype(np.float32)
+  assert np.isin(sigma, levels).all()
+  counts = np.bincount(np.searchsorted(levels, sigma), minlength=1000)
+  assert scipy.stats.chisquare(counts).pvalue > 1e-3
+  counts[999] = 0
+  assert scipy.stats.chisquare(counts).pvalue < 1e-3
+
+
+def test_ddpm_loss_is_that_of_the_predicted_noise(float64):
+  """Ho et al. 2020, eq. 14: x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise, and any function of it as the network."""
+  rng = np.random.default_rng(0)
+  x0, noise = (jnp.asarray(rng.normal(size=(8, 4, 4, 3))) for _ in range(2))
+  loss = DDPMLoss()
+  sigma, _ = loss.draw(jax.random.key(0), x0)
+  column = sigma[:, None, None, None]
+  alpha_bar = 1 / (1 + column**2)
+  network = lambda x_t: jnp.sin(3 * x_t)  # noqa: E731
+  expected = jnp.square(noise - network(jnp.sqrt(alpha_bar) * x0 + jnp.sqrt(1 - alpha_bar) * noise))
+  denoise = lambda x, s: x - column * network(x * jax.lax.rsqrt(1 + column**2))  # noqa: E731
+  found = loss.at(denoise, x0, sigma, noise)
+  np.testing.assert_allclose(found, expected.sum((1, 2, 3)), rtol=1e-6)
+
+
 # ---- keys, precision, networks ----
 
 
@@ -245,6 +285,9 @@ def test_gradient_descent_finds_the_best_network():
 def test_registry_and_one_line_errors():
   assert LOSSES["edm"]() == EDMLoss() and LOSSES["vp"]() == vp_loss() and LOSSES["ve"]() == ve_loss()
   assert LOSSES["score_matching"]("sub_vp:t_min=0.01", True) == ScoreMatchingLoss(SubVP(t_min=0.01), True)
+  assert LOSSES["ddpm"]() == DDPMLoss(Discrete("linear", 1e-4, 0.02))
+  with pytest.raises(InputError, match="needs a process with a table, got VP"):
+    DDPMLoss("vp")
   assert hash(LOSSES["score_matching"](VP())) == hash(ScoreMatchingLoss())
   with pytest.raises(InputError, match="must be positive, got 0"):
     EDMLoss(log_std=0)

@@ -28,6 +28,24 @@ def test_inverse_and_growth(name):
 
 
 @pytest.mark.parametrize("name", PROCESSES)
+def test_floats_keep_their_width_in_64_bit_mode(name):
+  process = PROCESSES[name]()
+  t = jnp.asarray(times(process), jnp.float32)
+  sigma = process.sigma(t)
+  for found in (sigma, process.scale(t), process.t_of_sigma(sigma), process.scale_of_sigma(sigma)):
+    assert found.dtype == jnp.float32
+  assert process.sigma(t.astype(jnp.float64)).dtype == jnp.float64
+
+
+@pytest.mark.parametrize("name", ["iddpm", "discrete"])
+def test_the_range_of_a_table_is_that_of_its_levels(name):
+  process = PROCESSES[name]()
+  for x64 in (True, False):
+    jax.config.update("jax_enable_x64", x64)
+    assert (process.sigma_min, process.sigma_max) == tuple(process.sigmas[[0, -1]])
+
+
+@pytest.mark.parametrize("name", PROCESSES)
 def test_float32_inverse(name):
   """Near both ends too: nothing cancels."""
   process = PROCESSES[name]()

@@ -14,7 +14,7 @@ from worlds import GaussianMixture, small
 
 from jax_trustdiff.diffusion import schedules
 from jax_trustdiff.diffusion.denoisers import iddpm_preconditioning
-from jax_trustdiff.diffusion.processes import IDDPM
+from jax_trustdiff.diffusion.processes import IDDPM, Discrete
 from jax_trustdiff.diffusion.samplers import AncestralSampler, DPMSolverPP2M, EDMSampler
 from jax_trustdiff.types import InputError
 
@@ -224,6 +224,12 @@ def test_trajectory_ends_in_the_sample():
     (dict(churn=-1.0), "churn"),
     (dict(discretization="vp", sigma_min=0.1, sigma_max=4.0), "no VP process"),
     (dict(round_to="vp"), "process with a table, got VP"),
+    (dict(discretization="table"), "give round_to"),
+    (
+      dict(discretization="table", round_to="discrete:num_steps=17"),
+      "17 noise levels .* fewer than num_steps 18",
+    ),
+    (dict(discretization="table", round_to="iddpm", sigma_min=3e4, sigma_max=4e4), "no two noise levels"),
   ],
 )
 def test_refuses(fields, words):
@@ -260,6 +266,57 @@ def test_rounded_to_the_levels_that_a_network_knows(churn):
   assert len(visited) == sampler.nfe and distance.max() < 1e-6
   if churn:
     assert visited[0] > 80.5  # raised, then rounded
+
+
+DDPM = "discrete:schedule=linear,beta_start=0.0001,beta_end=0.02"
+
+
+def test_the_levels_of_a_table():
+  """All of them exactly, or those at whole times as evenly spaced as can be; within the range, its ends included."""
+  levels = Discrete("linear", 1e-4, 0.02).sigmas
+  whole = dict(sigma_max=1000.0, discretization="table", round_to=DDPM)
+  np.testing.assert_array_equal(AncestralSampler(1000, **whole).sigmas, levels[::-1])
+  np.testing.assert_array_equal(AncestralSampler(334, **whole).sigmas, levels[::-3])
+  times = np.searchsorted(levels, AncestralSampler(50, **whole).sigmas)
+  assert times[0] == 999 and times[-1] == 0 and set(-np.diff(times)) == {20, 21}
+  np.testing.assert_array_equal(levels[times], AncestralSampler(50, **whole).sigmas)
+  ends = dict(whole, sigma_min=levels[100], sigma_max=levels[119])
+  np.testing.assert_array_equal(AncestralSampler(20, **ends).sigmas, levels[100:120][::-1])
+
+
+def test_ancestral_sampling_of_ho_et_al(float64):
+  """Algorithm 2 in that paper's terms, alpha, beta and x_t, through all 1000 times: mean and variance of one Gaussian.
+
+  They follow from a recursion; they are those of the data up to 1000 steps in place of infinitely many.
+  """
+  mean, variance, shape = 0.3, 0.25, (8000, 2, 2, 1)
+  world = GaussianMixture(jnp.full((1, 4), mean), jnp.array([variance]))
+  sampler = AncestralSampler(1000, sigma_max=1000.0, discretization="table", round_to=DDPM)
+
+  @jax.jit
+  def run(factor):
+    draw = lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(1), i), shape, jnp.float32)  # noqa: E731
+    denoise = lambda x, sigma: world(x, factor * sigma)  # noqa: E731
+    return sampler(denoise, draw(2**30), draw=draw)
+
+  beta = np.linspace(1e-4, 0.02, 1000)
+  alpha_bar = np.cumprod(1 - beta)
+  m, v = 0.0, 1.0  # of x_t
+  for b, bar, before in zip(beta[::-1], alpha_bar[::-1], np.append(1.0, alpha_bar[:-1])[::-1], strict=True):
+    noise_of_x0 = (1 - bar) / bar
+    gain = variance / (variance + noise_of_x0)  # x0 = mean + gain (x_t / sqrt(bar) - mean)
+    of_x0, of_x = np.sqrt(before) * b / (1 - bar), np.sqrt(1 - b) * (1 - before) / (1 - bar)
+    slope = of_x0 * gain / np.sqrt(bar) + of_x
+    m, v = slope * m + of_x0 * (1 - gain) * mean, slope**2 * v + b * (1 - before) / (1 - bar)
+  assert m == pytest.approx(mean, abs=0.01) and v == pytest.approx(variance, rel=0.02)
+
+  def misfit(images):
+    """In standard errors: of the mean and of the variance."""
+    n, images = images.size, np.asarray(images)
+    return abs(images.mean() - m) / np.sqrt(v / n), abs(images.var() / v - 1) / np.sqrt(2 / n)
+
+  assert max(misfit(run(1.0))) < 4
+  assert misfit(run(1.1))[1] > 6
 
 
 @pytest.mark.parametrize("discretization", [pytest.param("edm", marks=pytest.mark.slow), "vp"])
@@ -335,6 +392,17 @@ def test_inversion(float64, solver, order):
   assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.3) and errors[1] < 0.1**order
   with pytest.raises(InputError, match="no inverse"):
     EDMSampler(churn=1.0).invert(world, image)
+
+
+@pytest.mark.parametrize("solver", ["euler", pytest.param("heun", marks=pytest.mark.slow)])
+def test_inversion_keeps_the_precision_of_images(float64, solver):
+  sampler = EDMSampler(12, solver=solver)
+  run = lambda x: jax.jit(lambda x: sampler.invert(WORLD, x))(x)  # noqa: E731
+  image = jnp.asarray(WORLD.sample(jax.random.key(0), (4, 2, 2, 1)), jnp.float32)
+  found = run(image)
+  assert found.dtype == jnp.float32 and run(image.astype(jnp.float64)).dtype == jnp.float64
+  jax.config.update("jax_enable_x64", False)
+  np.testing.assert_allclose(found, run(image), atol=1e-4)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ would need a denoiser that holds nothing of its own for each image, such as clas
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from jax_trustdiff.diffusion.solvers import Grid
+from jax_trustdiff.diffusion.solvers import Grid, clock_dtype
 from jax_trustdiff.types import DenoiseFn, InputError, Signed
 
 SAFETY, SMALLEST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0  # of the step length, as in diffrax.PIDController
@@ -190,11 +191,11 @@ class AdaptiveSDESampler(AdaptiveSampler):
     """(z, left, memory) after one step of every image; left: what remains of the whole, 0 to 1."""
     denoise, path = args
     level, index = memory
-    whole = float(np.log(self.sigma_max / self.sigma_min))
+    whole = math.log(self.sigma_max / self.sigma_min)
     h = whole * 2.0 ** -level.astype(z.dtype)
-    u = (1 - left) * whole - np.log(self.sigma_max)
+    u = (1 - left) * whole - math.log(self.sigma_max)
     moved, area = brownian_increments(path, level, index, z.shape[1:], z.dtype)
-    root = np.sqrt(2 * whole)
+    root = math.sqrt(2 * whole)
     z1, error = self._step(denoise, z, u, h, root * moved, root * area)
     sigma, sigma1 = (_per_image(jnp.exp(-clock), z) for clock in (u, u + h))
     norm = self._error_norm(sigma1 * error, sigma * z, sigma1 * z1)
@@ -293,15 +294,16 @@ def _all_done(t, y, args, **kwargs):
 
 def _solve(sampler: AdaptiveSampler, args, x, left, memory, checkpoints) -> Sampled:
   """Attempts until nothing is left for any image; `nfe` counts the attempts of each."""
+  clock = clock_dtype(x)
   solution = diffrax.diffeqsolve(
     diffrax.ODETerm(lambda t, y, args: y),  # not called: the attempts know their slopes
     _Attempts(memory, sampler.attempt),
-    t0=0,
-    t1=sampler.max_steps,
+    t0=clock.type(0),
+    t1=clock.type(sampler.max_steps),
     dt0=None,
     y0=(x, left),
     args=args,
-    stepsize_controller=Grid(ts=np.arange(sampler.max_steps + 1, dtype=np.dtype(x.dtype))),
+    stepsize_controller=Grid(ts=np.arange(sampler.max_steps + 1, dtype=clock)),
     saveat=diffrax.SaveAt(t1=True, solver_state=True),
     adjoint=diffrax.RecursiveCheckpointAdjoint(checkpoints=checkpoints),
     event=diffrax.Event(_all_done),

@@ -113,7 +113,8 @@ class ProcessPreconditioning:
 
   VP of Song et al. 2021 (DDPM++, time_scale 999), iDDPM, and Stable Diffusion ('noise' or 'v' of a Discrete process) are
   such networks. With `whole_times` it knows only the whole times of a table: it is told the nearest, and samplers visit
-  those noise levels alone.
+  those noise levels alone. Without, a network is also told times in between (for one trained at whole times, what it has
+  not seen), so that its probability flow is defined at every noise level.
   """
 
   process: Process
@@ -156,10 +157,10 @@ def vp_preconditioning(
 
 
 def iddpm_preconditioning(
-  num_steps: int = 1000, c1: float = 1e-3, c2: float = 8e-3
+  num_steps: int = 1000, c1: float = 1e-3, c2: float = 8e-3, whole_times: bool = True
 ) -> ProcessPreconditioning:
   """iDDPM + DDIM (Karras et al. 2022, table 1): predicts the noise, knows `num_steps` noise levels."""
-  return ProcessPreconditioning(IDDPM(num_steps, c1, c2), "noise", whole_times=True)
+  return ProcessPreconditioning(IDDPM(num_steps, c1, c2), "noise", whole_times=whole_times)
 
 
 def discrete_preconditioning(
@@ -168,9 +169,14 @@ def discrete_preconditioning(
   beta_start: float = 0.00085,
   beta_end: float = 0.012,
   num_steps: int = 1000,
+  whole_times: bool = False,
 ) -> ProcessPreconditioning:
-  """DDPM's discrete times, by default with Stable Diffusion's betas; the network is told t, also between whole times."""
-  return ProcessPreconditioning(Discrete(schedule, beta_start, beta_end, num_steps), prediction)
+  """DDPM's discrete times t = 0 .. num_steps - 1, by default with Stable Diffusion's betas; the network is told t.
+
+  Also between whole times, unless `whole_times`.
+  """
+  process = Discrete(schedule, beta_start, beta_end, num_steps)
+  return ProcessPreconditioning(process, prediction, whole_times=whole_times)
 
 
 PRECONDITIONINGS = {

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jax_trustdiff.diffusion.processes import VE, VP, Process, as_process
+from jax_trustdiff.diffusion.processes import VE, VP, Process, TableProcess, as_process
 from jax_trustdiff.types import DenoiseFn, InputError, KeyOrKeys, PerExample, Sigma, Signed
 
 
@@ -86,7 +86,7 @@ class EDMLoss(DenoisingLoss):
 class NoiseLoss(DenoisingLoss):
   """The squared error of the predicted noise, ||(D - x0) / sigma||^2, at uniform times of `process`: weight 1 / sigma^2.
 
-  Ho et al. 2020 (arXiv:2006.11239, eq. 14) in continuous time. `vp_loss` and `ve_loss` are those of Karras et al. 2022,
+  Ho et al. 2020 (arXiv:2006.11239, eq. 14) in continuous time; `DDPMLoss` has their times. `vp_loss` and `ve_loss` are those of Karras et al. 2022,
   table 1. process: a Process, or its name and fields as for `processes.as_process`.
   """
 
@@ -100,6 +100,27 @@ class NoiseLoss(DenoisingLoss):
 
   def weight(self, sigma: Float[Array, "..."]) -> Float[Array, "..."]:
     return 1 / jnp.square(sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class DDPMLoss(NoiseLoss):
+  """L_simple of Ho et al. 2020 (arXiv:2006.11239, eq. 14): the `NoiseLoss` at whole times of `process`, each as likely.
+
+  D = x - sigma * predicted noise, so ||noise - predicted noise||^2 is ||D - x0||^2 / sigma^2; like every loss here it is a
+  sum over pixels. t = 1 .. 1000 of the paper are the times 0 .. 999 of the process. process: as there; InputError for one
+  without a table. The default has the betas of Ho et al.
+  """
+
+  process: Process | str = "discrete:schedule=linear,beta_start=0.0001,beta_end=0.02"
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not isinstance(self.process, TableProcess):
+      raise InputError(f"DDPMLoss: needs a process with a table, got {type(self.process).__name__}")
+
+  def sample_sigma(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    table = jnp.asarray(self.process.sigmas, float)
+    return table[jax.random.randint(key, shape, 0, len(table))]
 
 
 def vp_loss(beta_d: float = 19.9, beta_min: float = 0.1, t_min: float = 1e-5) -> NoiseLoss:
@@ -143,7 +164,13 @@ class ScoreMatchingLoss(DenoisingLoss):
     return weight * jnp.square(self.process.diffusion(t) / (self.process.scale(t) * sigma))
 
 
-LOSSES = {"edm": EDMLoss, "vp": vp_loss, "ve": ve_loss, "score_matching": ScoreMatchingLoss}
+LOSSES = {
+  "edm": EDMLoss,
+  "vp": vp_loss,
+  "ve": ve_loss,
+  "ddpm": DDPMLoss,
+  "score_matching": ScoreMatchingLoss,
+}
 
 
 def _uniform_time(process: Process, key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -9,6 +9,7 @@ in t, for networks that are told t, and for samplers that are defined by their S
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -154,7 +155,7 @@ class VE(Process):
     return self.lowest * (self.highest / self.lowest) ** jnp.asarray(t)
 
   def t_of_sigma(self, sigma: TimesLike) -> Times:
-    return jnp.log(sigma / self.lowest) / np.log(self.highest / self.lowest)
+    return jnp.log(sigma / self.lowest) / math.log(self.highest / self.lowest)
 
   @property
   def t_range(self) -> tuple[float, float]:
@@ -198,6 +199,14 @@ class TableProcess(Process):
   def sigmas(self) -> np.ndarray:
     """sigma at t = 0 .. n-1, increasing, float64 [n]."""
 
+  @property
+  def sigma_min(self) -> float:
+    return float(self.sigmas[0])
+
+  @property
+  def sigma_max(self) -> float:
+    return float(self.sigmas[-1])
+
   def scale(self, t: TimesLike) -> Times:
     return self.scale_of_sigma(self.sigma(t))
 
@@ -205,27 +214,31 @@ class TableProcess(Process):
     return jax.lax.rsqrt(1 + jnp.square(sigma))
 
   def sigma(self, t: TimesLike) -> Times:
-    return jnp.exp(jnp.interp(t, jnp.arange(len(self.sigmas), dtype=float), jnp.log(self._table())))
+    table = self._table(t)
+    return jnp.exp(jnp.interp(t, jnp.arange(len(table), dtype=table.dtype), jnp.log(table)))
 
   def t_of_sigma(self, sigma: TimesLike) -> Times:
-    return jnp.interp(jnp.log(sigma), jnp.log(self._table()), jnp.arange(len(self.sigmas), dtype=float))
+    table = self._table(sigma)
+    return jnp.interp(jnp.log(sigma), jnp.log(table), jnp.arange(len(table), dtype=table.dtype))
 
   def nearest(self, sigma: TimesLike) -> Array:
     """The whole time, int32, whose sigma is nearest."""
-    above = jnp.clip(jnp.searchsorted(self._table(), sigma), 1, len(self.sigmas) - 1)
-    low, high = self._table()[above - 1], self._table()[above]
+    table = self._table(sigma)
+    above = jnp.clip(jnp.searchsorted(table, sigma), 1, len(table) - 1)
+    low, high = table[above - 1], table[above]
     return (above - (sigma - low <= high - sigma)).astype(jnp.int32)
 
   def round_sigma(self, sigma: TimesLike) -> Times:
     """The nearest sigma of the table."""
-    return self._table()[self.nearest(sigma)]
+    return self._table(sigma)[self.nearest(sigma)]
 
   @property
   def t_range(self) -> tuple[float, float]:
     return 0.0, float(len(self.sigmas) - 1)
 
-  def _table(self) -> Float[Array, "n"]:
-    return jnp.asarray(self.sigmas, float)
+  def _table(self, like: TimesLike) -> Float[Array, "n"]:
+    """In the precision of `like`, at least float32; for whole numbers that of jax."""
+    return jnp.asarray(self.sigmas, jnp.promote_types(jnp.result_type(like, float), jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)

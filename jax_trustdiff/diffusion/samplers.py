@@ -34,9 +34,11 @@ LARGEST_GAMMA = (
 class NoiseLevels:
   """The part of a sampler that says at which sigmas it steps; after the last it goes to 0.
 
-  discretization: 'edm' (Karras et al. 2022, eq. 5, with `rho`), 'vp', 've' or 'iddpm', the columns of its table 1. round_to: a
-  process with a table, or its name as for `processes.as_process`, if the network knows its noise levels alone; steps then
-  start at the nearest ones.
+  discretization: 'edm' (Karras et al. 2022, eq. 5, with `rho`), 'vp', 've' or 'iddpm', the columns of its table 1, or 'table'.
+  round_to: a process with a table, or its name as for `processes.as_process`, if the network knows its noise levels alone;
+  steps then start at the nearest ones. 'table' steps through those levels themselves, at whole times: all of them from
+  sigma_max down to sigma_min if they are num_steps, otherwise as evenly spaced ones as whole times can be, like DDIM's
+  (Song et al. 2021, arXiv:2010.02502, appendix D); InputError without round_to, or with fewer levels than steps.
   """
 
   num_steps: int = 18
@@ -62,7 +64,8 @@ class NoiseLevels:
   @property
   def sigmas(self) -> np.ndarray:
     """Noise level at the start of every step, float64 [num_steps]."""
-    grid = self.num_steps, self.sigma_min, self.sigma_max, self.rho
+    table = self.round_to.sigmas if self.round_to else None
+    grid = self.num_steps, self.sigma_min, self.sigma_max, self.rho, table
     return self._rounded(schedules.noise_levels(self.discretization, *grid))
 
   def _rounded(self, sigma: np.ndarray) -> np.ndarray:

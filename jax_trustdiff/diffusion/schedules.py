@@ -10,7 +10,7 @@ import numpy as np
 from jax_trustdiff.diffusion.processes import IDDPM
 from jax_trustdiff.types import InputError
 
-DISCRETIZATIONS = ("vp", "ve", "iddpm", "edm")
+DISCRETIZATIONS = ("vp", "ve", "iddpm", "edm", "table")
 SCHEDULES = ("vp", "ve", "linear")
 SCALINGS = ("vp", "none")
 EPSILON_S = 1e-3  # the earliest time of the VP discretization
@@ -82,10 +82,14 @@ def noise_levels(
   sigma_min: float,
   sigma_max: float,
   rho: float = 7.0,
+  table: np.ndarray | None = None,
 ) -> np.ndarray:
   """sigma at the start of each of `num_steps` steps, from sigma_max down to sigma_min, float64 [num_steps].
 
-  'edm' is Karras et al. 2022, eq. 5 with `rho`; 'vp', 've' and 'iddpm' are the other columns of its table 1.
+  'edm' is Karras et al. 2022, eq. 5 with `rho`; 'vp', 've' and 'iddpm' are the other columns of its table 1. 'table' visits
+  the levels of `table`, increasing, that lie in the range: all of them if they are `num_steps`, fewer at the nearest to evenly
+  spaced whole times, the first and the last among them, as the linear choice of DDIM (Song et al. 2021, arXiv:2010.02502,
+  appendix D) is but for rounding. InputError if they are fewer than `num_steps`.
   """
   if discretization not in DISCRETIZATIONS:
     raise InputError(f"unknown discretization {discretization!r}; known: {', '.join(DISCRETIZATIONS)}")
@@ -103,11 +107,17 @@ def noise_levels(
     return Schedule("vp", *vp_betas(sigma_min, sigma_max)).sigma(1 + part * (EPSILON_S - 1))
   if discretization == "ve":
     return sigma_max * (sigma_min / sigma_max) ** part
-  table = IDDPM().sigmas[::-1]
+  if discretization == "iddpm":
+    table = IDDPM().sigmas
+  if table is None:
+    raise InputError("discretization 'table' needs the process whose table it is: give round_to")
   # bounds may be levels of the table in single precision
-  table = table[(table >= sigma_min * (1 - 1e-6)) & (table <= sigma_max * (1 + 1e-6))]
+  table = table[(table >= sigma_min * (1 - 1e-6)) & (table <= sigma_max * (1 + 1e-6))][::-1]
   if len(table) < 2:
-    raise InputError(f"iDDPM has no two noise levels between {sigma_min} and {sigma_max}")
+    raise InputError(f"{discretization} has no two noise levels between {sigma_min} and {sigma_max}")
+  if discretization == "table" and len(table) < num_steps:
+    found = f"{len(table)} noise levels between {sigma_min} and {sigma_max}, fewer than num_steps {num_steps}"
+    raise InputError(f"the table has {found}")
   return table[np.rint(part * (len(table) - 1)).astype(int)]
 
 

@@ -187,6 +187,11 @@ class Grid(diffrax.StepTo):
     return self.ts[1], 2
 
 
+def clock_dtype(x: jax.Array) -> np.dtype:
+  """That of a solver's clock: images get it too, so it is theirs, but counts steps exactly."""
+  return np.dtype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def solve(
   denoise: Callable,
   step_fn: StepFn,
@@ -226,15 +231,16 @@ def solve(
     sigma, scale = (column[0] for column in levels)
     x = known.put_back(x, sigma, scale, known_draw(jnp.array(KNOWN_NOISE)))
   table = jax.tree.map(cast, table)
+  clock = clock_dtype(x)
   solution = diffrax.diffeqsolve(
     DenoiserTerm(),
     FixedGrid(table, memory, state, levels, draw, known, known_draw, step_fn),
-    t0=0,
-    t1=num_steps,
+    t0=clock.type(0),
+    t1=clock.type(num_steps),
     dt0=None,
     y0=x,
     args=(denoise, state),
-    stepsize_controller=Grid(ts=np.arange(num_steps + 1, dtype=np.dtype(x.dtype))),
+    stepsize_controller=Grid(ts=np.arange(num_steps + 1, dtype=clock)),
     saveat=diffrax.SaveAt(steps=trajectory, t1=not trajectory, solver_state=True),
     adjoint=diffrax.RecursiveCheckpointAdjoint(checkpoints=checkpoints or math.isqrt(num_steps)),
     max_steps=num_steps if trajectory else None,  # None: the grid ends the loop, and XLA knows where

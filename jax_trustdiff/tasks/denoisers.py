@@ -50,8 +50,8 @@ def build_sampler(section: Section, preconditioning: Preconditioning) -> Any:
   """The sampler of a section of SAMPLERS, at noise levels that a denoiser with this preconditioning knows.
 
   Its range of sigma is cut to that of the preconditioning, and where that knows whole times only, noise levels are
-  rounded to them (Karras et al. 2022, released code). InputError for a sampler of a process that leaves the range, or
-  that cannot round.
+  rounded to them (Karras et al. 2022, released code). InputError for a sampler of a process that leaves the range, that
+  cannot round, or that would round to other levels.
   """
   sampler = config_lib.build(SAMPLERS, section)
   fields, changes = {field.name for field in dataclasses.fields(sampler)}, {}
@@ -60,7 +60,14 @@ def build_sampler(section: Section, preconditioning: Preconditioning) -> Any:
     changes["sigma_max"] = min(sampler.sigma_max, float(preconditioning.sigma_max))
   if getattr(preconditioning, "whole_times", False):
     if "round_to" not in fields:
-      raise InputError(f"the model knows whole times only, to which sampler {section['name']!r} cannot round")
+      raise InputError(
+        f"the model knows whole times only, to which sampler {section['name']!r} cannot round; continuous_times=True, "
+        "or whole_times=False of the preconditioning, tells it times in between"
+      )
+    if sampler.round_to and sampler.round_to != preconditioning.process:
+      raise InputError(
+        f"sampler.round_to is {sampler.round_to}, and the model knows {preconditioning.process}"
+      )
     changes["round_to"] = preconditioning.process
   if "process" in fields:
     visited, low, high = sampler.process, preconditioning.sigma_min, preconditioning.sigma_max
@@ -121,8 +128,17 @@ def load_denoiser(path: str | os.PathLike) -> Denoiser:
 def load_or_make(config) -> tuple[Denoiser, dict[str, Any]]:
   """(denoiser, what is known of it) of config.init_from, or with 'untrained' a fresh network of config.untrained.
 
-  The second has 'model', 'denoiser' and 'class_names' (() where there are none). InputError without init_from.
+  The second has 'model', 'denoiser' and 'class_names' (() where there are none). With config.continuous_times a network
+  that knows whole times only is told times in between as well. InputError without init_from.
   """
+  denoiser, known = _load_or_make(config)
+  if config.continuous_times and getattr(denoiser.preconditioning, "whole_times", False):
+    known = known | {"denoiser": dict(known["denoiser"], whole_times=False)}
+    denoiser = dataclasses.replace(denoiser, preconditioning=build_preconditioning(known["denoiser"]))
+  return denoiser, known
+
+
+def _load_or_make(config) -> tuple[Denoiser, dict[str, Any]]:
   if not config.init_from:
     raise InputError(
       "init_from is empty: give the export folder or EDM snapshot (.pkl) of a diffusion model, "
