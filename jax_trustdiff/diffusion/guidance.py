@@ -127,7 +127,7 @@ class DenoisedGuidance:
       through_denoiser=True    D + scale sigma^2 J^T g   the gradient of log p(y | D(x; sigma)) by x; costs a backward pass
       through_denoiser=False   D + scale sigma^2 g       J taken for the identity, which it is near at small sigma alone
 
-  The first is the guidance of Chung et al. 2023 (arXiv:2209.14687, theorem 1) with a classifier as the measurement. sigma^2 J is the
+  The first is the guidance of Chung et al. 2023 (arXiv:2209.14687) with a classifier as the measurement. sigma^2 J is the
   covariance of x0 given x: where noise hides the image it is far below sigma^2, so the second needs far smaller scales there.
   Neither is exact, unless log_prob is linear over the spread of x0 given x.
   """

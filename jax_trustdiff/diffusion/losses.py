@@ -86,8 +86,8 @@ class EDMLoss(DenoisingLoss):
 class NoiseLoss(DenoisingLoss):
   """The squared error of the predicted noise, ||(D - x0) / sigma||^2, at uniform times of `process`: weight 1 / sigma^2.
 
-  Ho et al. 2020 (arXiv:2006.11239, eq. 14) in continuous time; `DDPMLoss` has their times. `vp_loss` and `ve_loss` are those of Karras et al. 2022,
-  table 1. process: a Process, or its name and fields as for `processes.as_process`.
+  Ho et al. 2020 (arXiv:2006.11239, eq. 14) in continuous time; `DDPMLoss` has their times. `vp_loss` and `ve_loss` are
+  those of Karras et al. 2022, table 1. process: a Process, or its name and fields as for `processes.as_process`.
   """
 
   process: Process | str = "vp"

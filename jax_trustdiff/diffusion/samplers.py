@@ -38,7 +38,7 @@ class NoiseLevels:
   round_to: a process with a table, or its name as for `processes.as_process`, if the network knows its noise levels alone;
   steps then start at the nearest ones. 'table' steps through those levels themselves, at whole times: all of them from
   sigma_max down to sigma_min if they are num_steps, otherwise as evenly spaced ones as whole times can be, like DDIM's
-  (Song et al. 2021, arXiv:2010.02502, appendix D); InputError without round_to, or with fewer levels than steps.
+  (Song et al. 2021, arXiv:2010.02502, the linear choice of times); InputError without round_to, or with fewer levels than steps.
   """
 
   num_steps: int = 18

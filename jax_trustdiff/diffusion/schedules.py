@@ -88,8 +88,8 @@ def noise_levels(
 
   'edm' is Karras et al. 2022, eq. 5 with `rho`; 'vp', 've' and 'iddpm' are the other columns of its table 1. 'table' visits
   the levels of `table`, increasing, that lie in the range: all of them if they are `num_steps`, fewer at the nearest to evenly
-  spaced whole times, the first and the last among them, as the linear choice of DDIM (Song et al. 2021, arXiv:2010.02502,
-  appendix D) is but for rounding. InputError if they are fewer than `num_steps`.
+  spaced whole times, the first and the last among them: but for rounding and the first, floor(c i), the linear choice of DDIM
+  (Song et al. 2021, arXiv:2010.02502). InputError if they are fewer than `num_steps`.
   """
   if discretization not in DISCRETIZATIONS:
     raise InputError(f"unknown discretization {discretization!r}; known: {', '.join(DISCRETIZATIONS)}")
