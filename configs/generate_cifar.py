@@ -55,7 +55,13 @@ def get_config(variant: str = "") -> ConfigDict:
     churn_noise=1.0,
   )
   # classifier-free guidance: D_u + scale (D_c - D_u) at noise levels in (sigma_min, sigma_max]; scale 1: none
-  config.guidance = dict(scale=1.0, sigma_min=0.0, sigma_max=1e9)
+  config.guidance = dict(
+    scale=1.0,
+    sigma_min=0.0,
+    sigma_max=1e9,
+    classifier="",  # an export of noise_classifier.py: guidance by it, on top of the above; also for a model without classes
+    classifier_scale=1.0,
+  )
   config.generate = dict(
     num_images=50_000,
     first_id=0,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_trustdiff.diffusion.processes import IDDPM, VP, Discrete, Process, TableProcess
-from jax_trustdiff.types import DiffusionNetwork, InputError, Sigma, Signed, Variables
+from jax_trustdiff.types import DiffusionNetwork, InputError, Labels, Sigma, Signed, Variables
 
 Coefficient = Float[Array, "..."]
 
@@ -212,6 +212,11 @@ class Denoiser:
   @property
   def sigma_max(self) -> float:
     return self.preconditioning.sigma_max
+
+  def with_labels(self, labels: Labels) -> "Denoiser":
+    """This denoiser for integer class labels, which an unconditional network does not see."""
+    classes = self.network.num_classes
+    return dataclasses.replace(self, class_labels=jax.nn.one_hot(labels, classes)) if classes else self
 
   def __call__(self, x: Float[Array, "b h w c"], sigma: Sigma) -> Signed:
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -70,7 +70,7 @@ def training_curves(
   (fractions, shown in percent; training thin, validation with dots), so do learning rate and momentum.
   Another 'prefix/name' goes to the panel 'prefix', any other name to one of its own: every scalar is drawn.
   score: the validation scalar whose largest value (of equal ones the last) is marked as the best step.
-  Default: the last validation accuracy in the rows, if there is one.
+  Default: the last validation accuracy in the rows, if there is one; '' marks none.
   With more than 120 training rows a running mean is drawn over the faint values.
   """
   curves = _curves(rows)
@@ -132,6 +132,8 @@ def _curves(rows) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def _best(curves, score) -> tuple[str, float, float] | None:
   """(name, step, value) of the best validation, or None."""
+  if score == "":
+    return None
   if score is None:
     scores = [name for name in curves if _is_validation(name) and _panel(name) == "Accuracy"]
     if not scores:
@@ -334,6 +336,42 @@ def bars(
       axis.set_yticks(np.arange(0, 1.01, 0.2) if 0.4 < max(tops) <= 1 else axis.get_yticks())
       axis.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=None))
     figure.legend(loc="outside upper left", ncols=len(names), handlelength=1.2)
+
+
+# ---- accuracy against something ----
+
+
+def accuracy_curves(
+  curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+  path: Path,
+  *,
+  xlabel: str,
+  log: bool = False,
+  chance: float | None = None,
+) -> None:
+  """PNG with a line through the points (x, accuracy) of each of `curves`, by name.
+
+  Accuracies are fractions and shown in percent. log: the horizontal axis is logarithmic. chance: a dashed line at the
+  accuracy of guessing.
+  """
+  from matplotlib import ticker
+
+  if not curves:
+    raise InputError("accuracy curves need at least one curve")
+  with _figure(path, (5.2, 3.4)) as figure:
+    axis = figure.subplots()
+    for i, (name, (x, accuracy)) in enumerate(curves.items()):
+      axis.plot(x, accuracy, "o-", label=name, color=_PALETTE[i % len(_PALETTE)], ms=4.5)
+    if chance is not None:
+      axis.axhline(chance, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), label="chance")
+    if log:
+      axis.set_xscale("log")
+      axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel("accuracy")
+    axis.set_ylim(0, 1.02)
+    axis.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
+    axis.legend(loc="best", handlelength=1.6, labelspacing=0.3)
 
 
 # ---- grids of images ----

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from jax_trustdiff.interop import safetensors_io
-from jax_trustdiff.models.registry import DIFFUSION_NETWORKS, MODELS, bind
-from jax_trustdiff.types import Classifier, DiffusionNetwork, InputError, LogitsFn, Variables
+from jax_trustdiff.models.registry import DIFFUSION_NETWORKS, NETWORKS, NOISE_CLASSIFIERS, Network, bind
+from jax_trustdiff.types import InputError, LogitsFn, Variables
 
 FORMAT = 1
 ARRAYS = "model.safetensors"
@@ -25,9 +25,9 @@ def save_export(
 ) -> None:
   """Writes `directory`/model.safetensors and model.json, each whole or not at all.
 
-  model: {'name': in MODELS or DIFFUSION_NETWORKS, **the arguments it is built with}. extra: JSON kept beside it, of a
-  diffusion model 'denoiser': {'name': a preconditioning, **arguments}; InputError for the keys 'format' and 'model',
-  which are taken.
+  model: {'name': in NETWORKS, **the arguments it is built with}. extra: JSON kept beside it, of a diffusion model
+  'denoiser' and of a classifier of noisy images 'preconditioning': {'name': a preconditioning, **arguments}; InputError for
+  the keys 'format' and 'model', which are taken.
   """
   directory = pathlib.Path(directory)
   meta = {"format": FORMAT, "model": dict(model)}
@@ -43,7 +43,7 @@ def save_export(
 
 def load_export(
   directory: str | os.PathLike,
-) -> tuple[Classifier | DiffusionNetwork, Variables, dict[str, Any]]:
+) -> tuple[Network, Variables, dict[str, Any]]:
   """(network, variables, everything in model.json) of an export, the variables as numpy arrays.
 
   Raises InputError if a file is missing or damaged, or the arrays are not those of the network.
@@ -55,7 +55,7 @@ def load_export(
   return network, variables, meta
 
 
-def load_network(directory: str | os.PathLike) -> tuple[Classifier | DiffusionNetwork, dict[str, Any]]:
+def load_network(directory: str | os.PathLike) -> tuple[Network, dict[str, Any]]:
   """(network, everything in model.json) of an export, whose arrays are not read; InputError if it is damaged."""
   meta = read_description(directory)
   return _build(pathlib.Path(directory) / DESCRIPTION, meta["model"]), meta
@@ -66,6 +66,10 @@ def load_classifier(directory: str | os.PathLike) -> LogitsFn:
   name = read_description(directory)["model"].get("name")
   if name in DIFFUSION_NETWORKS:
     raise InputError(f"{directory} holds a diffusion model ({name}), no classifier: see load_denoiser")
+  if name in NOISE_CLASSIFIERS:
+    raise InputError(
+      f"{directory} holds a classifier of noisy images ({name}), to be told their noise: see load_noise_classifier"
+    )
   network, variables, _ = load_export(directory)
   return bind(network, jax.tree.map(jax.numpy.asarray, variables))
 
@@ -87,14 +91,13 @@ def read_description(directory: str | os.PathLike) -> dict[str, Any]:
   return meta
 
 
-def _build(file: pathlib.Path, section: Mapping[str, Any]) -> Classifier | DiffusionNetwork:
+def _build(file: pathlib.Path, section: Mapping[str, Any]) -> Network:
   arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in section.items()}
   name = arguments.pop("name", None)
-  known = MODELS | DIFFUSION_NETWORKS
-  if name not in known:
-    raise InputError(f"{file}: unknown model {name!r}; known: {', '.join(sorted(known))}")
+  if name not in NETWORKS:
+    raise InputError(f"{file}: unknown model {name!r}; known: {', '.join(sorted(NETWORKS))}")
   try:
-    return known[name](**arguments)
+    return NETWORKS[name](**arguments)
   except (InputError, TypeError) as error:
     raise InputError(f"{file}: {error}") from None
 

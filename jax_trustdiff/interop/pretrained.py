@@ -9,10 +9,10 @@ import numpy as np
 
 from jax_trustdiff.interop import edm_names, edm_snapshot, export, safetensors_io, torch_names, uvit_names
 from jax_trustdiff.interop.torch_reader import read_torch
+from jax_trustdiff.models.registry import Network
 from jax_trustdiff.models.uvit import UViT
 from jax_trustdiff.types import Classifier, DiffusionNetwork, InputError, Variables
 
-Network = Classifier | DiffusionNetwork
 READERS = {".pt": read_torch, ".pth": read_torch, ".safetensors": safetensors_io.load_flat}
 SNAPSHOT = ".pkl"
 # Fields that do not change what a network computes from its variables in evaluation mode.
@@ -57,6 +57,7 @@ def save_torch(path: str | os.PathLike, network: Network, variables: Variables):
 
 
 def _from_state_dict(network: Network, state_dict: Any) -> Variables:
+  _check_named(network)
   if isinstance(network, Classifier):
     return torch_names.from_torch(network, state_dict)
   if not isinstance(state_dict, dict) or not all(
@@ -71,9 +72,17 @@ def _from_state_dict(network: Network, state_dict: Any) -> Variables:
 
 
 def _to_state_dict(network: Network, variables: Variables) -> dict[str, np.ndarray]:
+  _check_named(network)
   if isinstance(network, Classifier):
     return torch_names.to_torch(network, variables)
   return uvit_names.to_uvit(variables) if isinstance(network, UViT) else edm_names.to_edm(variables)
+
+
+def _check_named(network: Network) -> None:
+  if not isinstance(network, (Classifier, DiffusionNetwork)):
+    raise InputError(
+      f"{type(network).__name__} has no names of torch: its variables are kept in exports alone"
+    )
 
 
 def _from_snapshot(path: pathlib.Path, network: Network) -> tuple[Variables, dict[str, Any]]:

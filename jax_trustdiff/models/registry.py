@@ -11,7 +11,15 @@ from jax_trustdiff.models import edm_unet, uvit
 from jax_trustdiff.models.noise_classifier import NoiseClassifier
 from jax_trustdiff.models.preact_resnet import PreActResNet
 from jax_trustdiff.models.wide_resnet import WideResNet
-from jax_trustdiff.types import Classifier, DiffusionNetwork, Logits, LogitsFn, Unit, Variables
+from jax_trustdiff.types import (
+  Classifier,
+  DiffusionNetwork,
+  Logits,
+  LogitsFn,
+  NoiseConditionalClassifier,
+  Unit,
+  Variables,
+)
 
 MODELS = {"wide_resnet": WideResNet, "preact_resnet": PreActResNet}
 DIFFUSION_NETWORKS = {
@@ -20,8 +28,9 @@ DIFFUSION_NETWORKS = {
   "adm": edm_unet.adm,
   "uvit": uvit.uvit,
 }
-NETWORKS = MODELS | DIFFUSION_NETWORKS
 NOISE_CLASSIFIERS = {"noise_classifier": NoiseClassifier}
+NETWORKS = MODELS | DIFFUSION_NETWORKS | NOISE_CLASSIFIERS
+Network = Classifier | DiffusionNetwork | NoiseConditionalClassifier
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +58,7 @@ def num_params(variables: Variables) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
 
 
-def forward_flops(network: Classifier | DiffusionNetwork, batch: int = 1) -> int:
+def forward_flops(network: Network, batch: int = 1) -> int:
   """FLOPs of one evaluation of `batch` images: two for each multiply-add of convolutions and products.
 
   Counted in the traced program, padding included (the usual convention), pointwise work not. The program is that of
@@ -58,9 +67,10 @@ def forward_flops(network: Classifier | DiffusionNetwork, batch: int = 1) -> int
   network = dataclasses.replace(network, dtype="bfloat16")
   variables = jax.eval_shape(network.init, jax.random.key(0))
   inputs = [jax.ShapeDtypeStruct((batch, *network.image_shape), jnp.float32)]
-  if isinstance(network, DiffusionNetwork):
+  is_clean = isinstance(network, Classifier)
+  if not is_clean:  # a network that is told the noise level
     inputs.append(jax.ShapeDtypeStruct((batch,), jnp.float32))
-  evaluate = network.apply if isinstance(network, DiffusionNetwork) else network.logits
+  evaluate = network.logits if is_clean else network.apply
   return _flops(jax.make_jaxpr(evaluate)(variables, *inputs).jaxpr)
 
 

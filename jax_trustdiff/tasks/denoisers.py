@@ -70,13 +70,19 @@ def build_sampler(section: Section, preconditioning: Preconditioning) -> Any:
       )
     changes["round_to"] = preconditioning.process
   if "process" in fields:
-    visited, low, high = sampler.process, preconditioning.sigma_min, preconditioning.sigma_max
-    if visited.sigma_min < low * (1 - 1e-3) or visited.sigma_max > high * (1 + 1e-3):
-      raise InputError(
-        f"sampler {section['name']!r} visits sigma {visited.sigma_min:.4g} to {visited.sigma_max:.4g}, and the model "
-        f"knows {low:.4g} to {high:.4g}: choose sampler.process to fit"
-      )
+    check_levels(sampler, preconditioning, "the model", "choose sampler.process to fit")
   return dataclasses.replace(sampler, **changes)
+
+
+def check_levels(sampler: Any, preconditioning: Preconditioning, whose: str, advice: str) -> None:
+  """InputError if `sampler` visits noise levels outside the range of `preconditioning`; the words are for its message."""
+  visited = getattr(sampler, "process", sampler)
+  low, high = preconditioning.sigma_min, preconditioning.sigma_max
+  if visited.sigma_min < low * (1 - 1e-3) or visited.sigma_max > high * (1 + 1e-3):
+    raise InputError(
+      f"the sampler visits sigma {visited.sigma_min:.4g} to {visited.sigma_max:.4g}, and {whose} "
+      f"knows {low:.4g} to {high:.4g}: {advice}"
+    )
 
 
 def model_section(section: Section, network: DiffusionNetwork) -> dict[str, Any]:
@@ -97,11 +103,17 @@ def save_denoiser(
   model: complete (`model_section`). denoiser: a section of PRECONDITIONINGS; its infinite values are left out, since JSON
   has none. extra: JSON kept beside it, such as 'class_names', 'sampler' and 'metrics'.
   """
-  denoiser = config_lib.to_plain(denoiser)
-  stored = {key: value for key, value in denoiser.items() if value != float("inf")}
-  if build_preconditioning(stored) != build_preconditioning(denoiser):
-    raise InputError(f"the section {denoiser} of the denoiser cannot be stored: it holds infinite values")
-  export.save_export(directory, config_lib.to_plain(model), variables, {"denoiser": stored} | (extra or {}))
+  about = {"denoiser": storable(denoiser)} | (extra or {})
+  export.save_export(directory, config_lib.to_plain(model), variables, about)
+
+
+def storable(preconditioning: Section) -> dict[str, Any]:
+  """A section of PRECONDITIONINGS without its infinite values, which JSON has not; InputError if they are no defaults."""
+  section = config_lib.to_plain(preconditioning)
+  stored = {key: value for key, value in section.items() if value != float("inf")}
+  if build_preconditioning(stored) != build_preconditioning(section):
+    raise InputError(f"the preconditioning {section} cannot be stored: it holds infinite values")
+  return stored
 
 
 def load_denoiser(path: str | os.PathLike) -> Denoiser:

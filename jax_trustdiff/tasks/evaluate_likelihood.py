@@ -4,7 +4,6 @@ Song et al. 2021 (arXiv:2011.13456, section 4.3): uint8 images are dequantised u
 the code length.
 """
 
-import dataclasses
 import zlib
 
 import jax
@@ -82,9 +81,7 @@ def _evaluate(config, denoise, source, likelihood, mesh) -> dict[str, np.ndarray
   @jax.jit
   def judge(denoise, batch, repeat):
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(root, repeat), i))(batch["id"])
-    if denoise.network.num_classes:
-      one_hot = jax.nn.one_hot(batch["label"], denoise.network.num_classes)
-      denoise = dataclasses.replace(denoise, class_labels=one_hot)
+    denoise = denoise.with_labels(batch["label"])
     found = likelihood(denoise, dequantise(batch["image"], keys), keys)
     return {name: getattr(found, name) for name in ("log_prob", "bits_per_dim", "nfe")}
 

@@ -24,14 +24,13 @@ from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
 from jax_trustdiff.data.image_store import ImageStore, StorePlan, check_place
 from jax_trustdiff.data.readers import read_npy
-from jax_trustdiff.diffusion.denoisers import Denoiser
-from jax_trustdiff.diffusion.guidance import LabelGuidance
+from jax_trustdiff.diffusion.guidance import Guided
 from jax_trustdiff.evaluation import report
-from jax_trustdiff.tasks import denoisers, reports
+from jax_trustdiff.tasks import denoisers, noise_classifiers, reports
 from jax_trustdiff.tasks.sampling import ImageSampler, balanced_labels, random_labels
 from jax_trustdiff.training.progress import ProgressReport, duration, say
 from jax_trustdiff.training.workdir import Workdir, write_atomically
-from jax_trustdiff.types import InputError, Stopped
+from jax_trustdiff.types import DenoiseFn, InputError, Stopped
 
 UNLABELLED = "unlabelled"
 MOST_CLASSES_SHOWN = 20  # as metrics of their own
@@ -41,23 +40,27 @@ LabelsOf = Callable[[np.ndarray], np.ndarray]  # ids [n] -> labels [n]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A diffusion model with what its file says of it."""
+  """A diffusion model with its guidance, and what their files say of them."""
 
-  denoiser: Denoiser
+  guided: Guided
+  num_classes: int  # of the model, or else of the classifier that guides it
   class_names: tuple[str, ...]  # () where there are none
   fingerprint: str  # SHA-256 of its description and its arrays
+  guidance: dict[str, Any]  # the numbers, and the fingerprint of the classifier if there is one
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
   """Makes the shards of this worker that are missing and returns what the store, or this worker's part of it, holds.
 
   num_images and count/<class> (counted in the labels), nfe, and of this session generated, seconds and images_per_second.
+  nfe counts evaluations of the guided denoiser for an image, network_evaluations those of the model's network in them;
+  a classifier is evaluated once for each of the former, with a backward pass.
   """
   worker, num_workers = _worker(config)
   mesh = parallel.make_local_mesh()
   model = load_model(config)
-  labels_of, labels_origin = _labels(config, model.denoiser)
-  sampler = _sampler(config, model.denoiser, mesh)
+  labels_of, labels_origin = _labels(config, model.num_classes)
+  sampler = _sampler(config, model, mesh)
   plan = _plan(config, model, labels_origin, sampler.micro_batch)
   path = pathlib.Path(config.generate.store).expanduser() if config.generate.store else workdir / "images"
   check_place(path, plan)
@@ -66,8 +69,9 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   workdir.open()
   parallel.barrier("workdir")
   store = ImageStore(path, plan, maker())
+  denoise = model.guided if labels_of else model.guided.denoiser
   made, seconds = _generate(
-    config, store, sampler, model.denoiser, labels_of, range(worker, plan.num_shards, num_workers)
+    config, store, sampler, denoise, labels_of, range(worker, plan.num_shards, num_workers)
   )
   parallel.barrier("shards")
   sha256 = store.finish()
@@ -85,6 +89,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   counts = np.bincount(labels, minlength=plan.num_classes)
   metrics = {"num_images": len(labels), "generated": made, "seconds": seconds}
   metrics |= {"images_per_second": made / seconds if made else 0.0, "nfe": sampler.nfe}
+  metrics["network_evaluations"] = sampler.nfe * model.guided.network_evaluations
   names = plan.class_names or tuple(map(str, range(plan.num_classes)))
   if len(names) <= MOST_CLASSES_SHOWN:
     metrics |= {f"count/{name}": int(count) for name, count in zip(names, counts, strict=True)}
@@ -108,7 +113,19 @@ def load_model(config) -> Model:
     network = dataclasses.replace(denoiser.network, dtype=config.generate.dtype)
     denoiser = dataclasses.replace(denoiser, network=network)
   described = {name: known[name] for name in ("model", "denoiser")}
-  return Model(denoiser, known["class_names"], _fingerprint(described, denoiser.variables))
+  fingerprint, names = _fingerprint(described, denoiser.variables), known["class_names"]
+  num_classes, guidance = denoiser.network.num_classes, config_lib.to_plain(config.guidance)
+  path, scale = guidance.pop("classifier"), guidance.pop("classifier_scale")
+  guided = Guided(denoiser, **guidance)
+  if path:
+    classifier, about = noise_classifiers.load_to_guide(path, denoiser.network, names)
+    guided = dataclasses.replace(guided, classifier=classifier, classifier_scale=scale)
+    num_classes, names = classifier.network.num_classes, about["class_names"]
+    described = {name: about[name] for name in ("model", noise_classifiers.KEY)}
+    guidance |= {"classifier": _fingerprint(described, classifier.variables), "classifier_scale": scale}
+  elif scale != 1:
+    raise InputError(f"guidance.classifier_scale={scale} needs guidance.classifier, the export of one")
+  return Model(guided, num_classes, names, fingerprint, guidance)
 
 
 def _fingerprint(described: Any, variables: Any) -> str:
@@ -133,14 +150,16 @@ def _worker(config) -> tuple[int, int]:
   return section.worker * processes + jax.process_index(), section.num_workers * processes
 
 
-def _labels(config, denoiser: Denoiser) -> tuple[LabelsOf | None, Any]:
+def _labels(config, num_classes: int) -> tuple[LabelsOf | None, Any]:
   """(labels of ids, what the provenance says of them); None for no labels. InputError for what the model does not have."""
-  section, num_classes = config.generate, denoiser.network.num_classes
+  section = config.generate
   asked = section.labels
   if asked == "none":
     return None, asked
   if not num_classes:
-    raise InputError(f"the model has no classes: generate.labels={asked!r} is not possible, set it to 'none'")
+    raise InputError(
+      f"the model has no classes: generate.labels={asked!r} is not possible without guidance.classifier; set it to 'none'"
+    )
   if asked == "balanced":
     return lambda ids: balanced_labels(ids, num_classes), asked
   if asked == "random":
@@ -173,28 +192,30 @@ def _labels_from_file(file: pathlib.Path, section, num_classes: int) -> tuple[La
   return lambda ids: labels[ids - section.first_id], hashlib.sha256(labels.tobytes()).hexdigest()
 
 
-def _sampler(config, denoiser: Denoiser, mesh) -> ImageSampler:
-  section, guidance = config.generate, config_lib.to_plain(config.guidance)
-  guide = None
-  if guidance["scale"] != 1:
-    if section.labels == "none" or not denoiser.network.num_classes:
-      raise InputError(f"guidance.scale={guidance['scale']} needs a model with classes, and labels")
-    guide = lambda denoiser: LabelGuidance(denoiser, **guidance)  # noqa: E731
+def _sampler(config, model: Model, mesh) -> ImageSampler:
+  section, guided, denoiser = config.generate, model.guided, model.guided.denoiser
+  if guided.scale != 1 and (section.labels == "none" or not denoiser.network.num_classes):
+    raise InputError(f"guidance.scale={guided.scale} needs a model with classes, and labels")
+  sampler = denoisers.build_sampler(config_lib.to_plain(config.sampler), denoiser.preconditioning)
+  if guided.classifier is not None:
+    if section.labels == "none":
+      raise InputError("guidance.classifier needs labels to guide to: generate.labels is 'none'")
+    known = guided.classifier.preconditioning
+    denoisers.check_levels(sampler, known, "the classifier of the guidance", "choose the sampler's to fit")
   if section.micro_batch < 1:
     raise InputError(f"generate.micro_batch must be at least 1, found {section.micro_batch}")
   return ImageSampler(
-    denoisers.build_sampler(config_lib.to_plain(config.sampler), denoiser.preconditioning),
+    sampler,
     denoiser.network.image_shape,
     mesh,
     section.batch_size,
     config.seed,
     section.micro_batch,
-    guide,
   )
 
 
 def _plan(config, model: Model, labels_origin: Any, micro_batch: int) -> StorePlan:
-  section, network = config.generate, model.denoiser.network
+  section, network = config.generate, model.guided.denoiser.network
   for name, low in (("num_images", 1), ("images_per_shard", 1), ("first_id", 0)):
     if section[name] < low:
       raise InputError(f"generate.{name} must be at least {low}, found {section[name]}")
@@ -205,13 +226,13 @@ def _plan(config, model: Model, labels_origin: Any, micro_batch: int) -> StorePl
     num_images=section.num_images,
     images_per_shard=section.images_per_shard,
     image_shape=tuple(network.image_shape),
-    num_classes=network.num_classes if labelled else 1,
+    num_classes=model.num_classes if labelled else 1,
     class_names=model.class_names if labelled else (UNLABELLED,),
     provenance={
       "model": model.fingerprint,
       "dtype": network.dtype,
       "sampler": config_lib.to_plain(config.sampler),
-      "guidance": config_lib.to_plain(config.guidance),
+      "guidance": model.guidance,
       "seed": config.seed,
       "first_id": section.first_id,
       "labels": labels_origin,
@@ -224,7 +245,7 @@ def _generate(
   config,
   store: ImageStore,
   sampler: ImageSampler,
-  denoiser: Denoiser,
+  denoise: Guided | DenoiseFn,
   labels_of: LabelsOf | None,
   shards: range,
 ) -> tuple[int, float]:
@@ -240,7 +261,7 @@ def _generate(
   if not todo:
     return 0, 0.0
   _check_space(store, left)
-  denoiser = parallel.replicate_to_devices(sampler.mesh, denoiser)
+  denoise = parallel.replicate_to_devices(sampler.mesh, denoise)
   began, made = time.perf_counter(), 0
   with _stop_signals(), ProgressReport("image", total, total - left) as progress:
     estimate = _Estimate(left)
@@ -252,7 +273,7 @@ def _generate(
     for shard in todo:
       ids = config.generate.first_id + np.asarray(plan.rows(shard), np.int64)
       labels = None if labels_of is None else labels_of(ids)
-      images = sampler(denoiser, ids, labels, progress=update)
+      images = sampler(denoise, ids, labels, progress=update)
       store.write(shard, images, np.zeros(len(ids), np.int32) if labels is None else labels, ids)
       made += len(ids)
   return made, time.perf_counter() - began

@@ -8,7 +8,7 @@ import numpy as np
 from jax_trustdiff import config as config_lib
 from jax_trustdiff.data import sources
 from jax_trustdiff.evaluation import report, statistics
-from jax_trustdiff.tasks import classifiers
+from jax_trustdiff.tasks import classifiers, noise_classifiers
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError
 
@@ -96,6 +96,45 @@ def diffusion_report(
     summary=f"{summary} Samples by '{sampler.name}'.",
     metrics=metrics,
     figures=figures,
+    config_text=config_lib.to_json(config),
+    info=workdir.information(),
+  )
+
+
+def noise_classifier_report(config, workdir: Workdir, held_out: sources.ImageSource, metrics) -> None:
+  """Accuracy by noise level, training curves and report.html of one classifier of noisy images, in workdir/report."""
+  folder = workdir / "report"
+  folder.mkdir(exist_ok=True)
+  sigmas, count, steps = sorted(config.eval.sigmas), len(held_out), metrics["num_steps"]
+  curves, rows = {}, []
+  for prefix, step in (("first/", metrics.get("first/step")), ("", steps)):
+    if step is not None:
+      found = [metrics[prefix + noise_classifiers.accuracy_at(sigma)] for sigma in sigmas]
+      curves[f"step {step:,}"] = (sigmas, found)
+  for sigma, accuracy in zip(sigmas, found, strict=True):
+    low, high = statistics.binomial_interval(round(accuracy * count), count)
+    rows.append([f"{sigma:g}", f"{accuracy:.1%}", f"{low:.1%} to {high:.1%}"])
+  report.accuracy_curves(
+    curves,
+    folder / "accuracy_by_sigma.png",
+    xlabel="sigma, the standard deviation of the noise",
+    log=True,
+    chance=1 / held_out.num_classes,
+  )
+  report.training_curves(workdir.read_metrics(), folder / "training_curves.png", score="")
+  report.html_report(
+    folder / "report.html",
+    title="Classifier of noisy images",
+    summary=(
+      f"{metrics['num_params']:,} parameters after {steps:,} steps. On {count:,} held-out images: {metrics['loss']:.3f} nats "
+      f"at noise of the training density, uniform guesses {np.log(held_out.num_classes):.3f}."
+    ),
+    metrics=metrics,
+    figures=[
+      (folder / "accuracy_by_sigma.png", "Accuracy on held-out images by noise level"),
+      (folder / "training_curves.png", "Training and validation"),
+    ],
+    tables=[("Accuracy with 95 % Clopper-Pearson intervals", ["sigma", "accuracy", "interval"], rows)],
     config_text=config_lib.to_json(config),
     info=workdir.information(),
   )

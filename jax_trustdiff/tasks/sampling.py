@@ -1,7 +1,6 @@
 """Images by id: the one way in which tasks sample a diffusion model."""
 
 import collections
-import dataclasses
 import math
 import zlib
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jax_trustdiff import parallel
-from jax_trustdiff.diffusion.denoisers import Denoiser
+from jax_trustdiff.diffusion.guidance import Guided
 from jax_trustdiff.diffusion.solvers import initial_noise
 from jax_trustdiff.training.progress import ProgressReport
 from jax_trustdiff.types import DenoiseFn, InputError, RunError
@@ -34,7 +33,6 @@ class ImageSampler:
 
   batch_size: images on the way in all devices together, rounded up to whole micro-batches; a program runs while the images
   of the one before are fetched. micro_batch 0: what batch_size gives each device, so that it is one program.
-  guide: makes of the denoiser with its labels the DenoiseFn that is sampled (guidance).
   """
 
   def __init__(
@@ -45,7 +43,6 @@ class ImageSampler:
     batch_size: int,
     seed: int,
     micro_batch: int = 0,
-    guide: Callable[[DenoiseFn], DenoiseFn] | None = None,
   ):
     if not micro_batch:
       parallel.check_batch(batch_size, mesh)
@@ -53,7 +50,7 @@ class ImageSampler:
       raise InputError(f"batch size {batch_size} and micro-batch {micro_batch} must be positive")
     if getattr(sampler, "coupled", False) or getattr(sampler, "step_norms", "image") == "batch":
       raise InputError("a sampler that couples the images of a batch has no image for an id")
-    self._sampler, self._image_shape, self._guide = sampler, tuple(image_shape), guide
+    self._sampler, self._image_shape = sampler, tuple(image_shape)
     self.mesh, self._seed = mesh, seed
     self.micro_batch = micro_batch or batch_size // mesh.shape["data"]
     self._devices = mesh.shape["data"]
@@ -72,16 +69,16 @@ class ImageSampler:
 
   def __call__(
     self,
-    denoise: Denoiser | DenoiseFn,
+    denoise: Guided | DenoiseFn,
     ids: np.ndarray,
     labels: np.ndarray | None = None,
     what: str = "",
     progress: Callable[[int], None] | None = None,
   ) -> np.ndarray:
-    """The images of these ids [n] in [0, 2^31), for integer labels [n] if the model has classes.
+    """The images of these ids [n] in [0, 2^31), for integer labels [n] which `denoise.with_labels` takes.
 
-    `what` names them in a progress line; `progress` is called with the number of images made so far. RunError if values
-    of an image are not finite.
+    denoise: a pytree; without labels it is the DenoiseFn that is sampled. `what` names the images in a progress line;
+    `progress` is called with the number of those made so far. RunError if values of an image are not finite.
     """
     ids = np.asarray(ids, np.int64)
     if ids.size and not 0 <= ids.min() <= ids.max() < 2**31:
@@ -135,10 +132,7 @@ class ImageSampler:
   def _images(self, denoise, batch):
     keys = image_keys(self._seed, batch["id"])
     if "label" in batch:
-      one_hot = jax.nn.one_hot(batch["label"], denoise.network.num_classes)
-      denoise = dataclasses.replace(denoise, class_labels=one_hot)
-    if self._guide is not None:
-      denoise = self._guide(denoise)
+      denoise = denoise.with_labels(batch["label"])
     noise = initial_noise(keys, self._image_shape)
     if self._sampler.nfe is None:
       found = self._sampler.sample(denoise, noise, keys)
