@@ -109,8 +109,8 @@ def _digits(config):
   _cpu(config)
   config.data = dict(name="digits")
   config.model.update(channel_mult=(2, 2))
-  config.train.update(num_validation=297)
-  config.eval.batch_size = 99
+  config.train.update(num_validation=297, validate_every=250)
+  config.eval.batch_size = 100
 
 
 def _smoke(config):

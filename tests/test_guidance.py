@@ -16,6 +16,7 @@ from jax_trustdiff.diffusion.guidance import (
   ClassifierGuidance,
   CleanLogProb,
   DenoisedGuidance,
+  Guided,
   LabelGuidance,
   NoisyLogProb,
 )
@@ -178,6 +179,50 @@ def test_one_network_is_evaluated_once(float64):
   plain = dataclasses.replace(denoiser, class_labels=None)
   with pytest.raises(InputError, match="no class_labels"):
     LabelGuidance(plain, 3.0)(x, sigma)
+
+
+def test_guidances_wait_for_their_labels(float64):
+  """`Guided` is what its parts are by hand: none, either, or both; an unconditional model has the classifier alone."""
+  world, x, sigma, labels = setting()
+  network = LabelledNetwork()
+  augment = jnp.asarray(np.random.default_rng(1).normal(size=(12, 2)))
+  denoiser = Denoiser(network, EDMPreconditioning(), network.init(jax.random.key(0)), None, augment)
+  labelled = dataclasses.replace(denoiser, class_labels=jax.nn.one_hot(labels, 3))
+  classifier, log_prob = Bayes(world), NoisyLogProb(Bayes(world), labels)
+  both = LabelGuidance(labelled, 3.0, 0.05, 10.0)
+  for guided, wanted, evaluations in (
+    (Guided(denoiser), labelled, 1),
+    (Guided(denoiser, 3.0, 0.05, 10.0), both, 2),
+    (Guided(denoiser, 1.0, classifier=classifier), ClassifierGuidance(labelled, log_prob, 1.0), 1),
+    (Guided(denoiser, 3.0, 0.05, 10.0, classifier, 2.0), ClassifierGuidance(both, log_prob, 2.0), 2),
+  ):
+    found = jax.jit(lambda guided: guided.with_labels(labels)(x, sigma))(guided)
+    np.testing.assert_allclose(found, evaluate(wanted, x, sigma), rtol=0, atol=1e-12)
+    network.batches.clear()
+    guided.with_labels(labels)(x, sigma)
+    assert network.batches == [12 * evaluations] and guided.network_evaluations == evaluations
+  plain = Denoiser(Unconditional(), EDMPreconditioning(), {})
+  found = Guided(plain, classifier=classifier, classifier_scale=2.0).with_labels(labels)(x, sigma)
+  assert plain.with_labels(labels) is plain
+  expected = evaluate(ClassifierGuidance(plain, log_prob, 2.0), x, sigma)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+  assert jnp.abs(found - plain(x, sigma)).max() > 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Unconditional:
+  """A `types.DiffusionNetwork` that says 0 and has no classes."""
+
+  image_shape: tuple = SHAPE
+  num_classes: int = 0
+  num_augment_labels: int = 0
+
+  def init(self, key):
+    return {}
+
+  def apply(self, variables, x, noise_labels, class_labels, augment_labels, dropout_key):
+    assert class_labels is None
+    return jnp.zeros_like(x)
 
 
 @jax.tree_util.register_dataclass

@@ -101,6 +101,8 @@ def test_training_curves_mark_the_best_validation(tmp_path, figures):
   assert star(figures[1]) == [(200, 0.5)]
   report.training_curves([{"step": 1, "loss": 2.0}], tmp_path / "c.png")
   assert star(figures[2]) == []
+  report.training_curves(metric_rows(), tmp_path / "e.png", score="")
+  assert star(figures[3]) == []
   with pytest.raises(InputError, match="validation/fid.*there are: loss"):
     report.training_curves([{"step": 1, "loss": 2.0}], tmp_path / "d.png", score="validation/fid")
   assert not (tmp_path / "d.png").exists()
@@ -241,6 +243,25 @@ def test_bars_refuse(tmp_path):
     report.bars(
       {"a": {"x": 1.0}}, tmp_path / "bars.png", ylabel="accuracy", intervals={"a": {"y": (0.0, 1.0)}}
     )
+
+
+# ---- accuracy against something ----
+
+
+def test_accuracy_curves(tmp_path, figures):
+  curves = {"first": ([0.1, 1.0], [0.9, 0.4]), "last": ([0.1, 1.0], [1.0, 0.5])}
+  report.accuracy_curves(curves, tmp_path / "a.png", xlabel="sigma", log=True, chance=0.1)
+  assert read_png(tmp_path / "a.png").std() > 5
+  axis = figures[0].axes[0]
+  found = {line.get_label(): line.get_xydata() for line in axis.lines}
+  for name, (x, accuracy) in curves.items():
+    np.testing.assert_array_equal(found[name], np.stack([x, accuracy], 1))
+  assert (found["chance"][:, 1] == 0.1).all() and len(found) == 3
+  assert axis.get_xscale() == "log" and axis.yaxis.get_major_formatter()(0.5) == "50%"
+  report.accuracy_curves({"one": curves["first"]}, tmp_path / "b.png", xlabel="radius")
+  assert figures[1].axes[0].get_xscale() == "linear" and len(figures[1].axes[0].lines) == 1
+  with pytest.raises(InputError, match="at least one curve"):
+    report.accuracy_curves({}, tmp_path / "c.png", xlabel="sigma")
 
 
 # ---- the page ----
