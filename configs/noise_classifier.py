@@ -12,7 +12,13 @@ CIFAR-10: sizes and numbers here are ours.
 
 The model may be one without classes (edm_cifar.py:uncond): the classifier then brings them.
 
-Variants: cpu (Fashion-MNIST, data.path: a folder with its four idx files), digits (the bundled digits), smoke (seconds).
+Cost: 2.2 GFLOP an image and step, 4.5e16 in all, which has not been run to its end here.
+
+Variants:
+  cpu      Fashion-MNIST (data.path: a folder with its four idx files), 6 minutes of one core (9 on a busy one). Seen on 2000
+           held-out images: 82 % right at sigma 0.1, 78 % at 1, 48 % at 5
+  digits   the bundled digits, 35 seconds of one core. Seen on 297 held-out images: 98.7 % right at sigma 0.1, 76 % at 1, 19 % at 5
+  smoke    seconds; the bundled digits
 """
 
 from ml_collections import ConfigDict
@@ -69,9 +75,7 @@ def get_config(variant: str = "") -> ConfigDict:
     validate_every=4000,  # steps
     profile="",
   )
-  config.eval = dict(
-    batch_size=500, sigmas=(0.01, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-  )  # sigmas: an accuracy at each
+  config.eval = dict(batch_size=500, sigmas=(0.1, 0.5, 1.0, 2.0, 5.0, 10.0))  # an accuracy at each sigma
   if "cpu" in names:
     _cpu(config)
   if "digits" in names:
