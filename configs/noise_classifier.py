@@ -59,8 +59,9 @@ def get_config(variant: str = "") -> ConfigDict:
   )
   config.schedule = dict(name="rampup", learning_rate=3e-4, rampup_images=100_000, decay_images=0)
   config.ema = dict(
-    half_life=250_000, rampup_ratio=0.05
-  )  # half_life: images; rampup_ratio 0: none; not used with init_from
+    half_life=250_000,  # images
+    rampup_ratio=0.05,  # 0: none; not used with init_from
+  )
   config.train = dict(
     batch_size=256,
     num_images=20_000_000,

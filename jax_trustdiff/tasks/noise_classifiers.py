@@ -11,7 +11,7 @@ from jax_trustdiff.data import sources
 from jax_trustdiff.diffusion.denoisers import PRECONDITIONINGS
 from jax_trustdiff.diffusion.guidance import NoisyClassifier
 from jax_trustdiff.interop import edm_snapshot, export
-from jax_trustdiff.models.registry import NOISE_CLASSIFIERS
+from jax_trustdiff.models.registry import NETWORKS, NOISE_CLASSIFIERS
 from jax_trustdiff.tasks import denoisers
 from jax_trustdiff.types import DiffusionNetwork, InputError, NoiseConditionalClassifier, Variables
 
@@ -62,7 +62,7 @@ def load_noise_classifier(directory: str | os.PathLike) -> NoisyClassifier:
 def load_described(directory: str | os.PathLike) -> tuple[NoisyClassifier, dict[str, Any]]:
   """`load_noise_classifier` and everything in model.json; 'class_names' is always there, () where there are none."""
   model = export.read_description(directory)["model"]
-  if model.get("name") in export.NETWORKS and model["name"] not in NOISE_CLASSIFIERS:
+  if model.get("name") in NETWORKS and model["name"] not in NOISE_CLASSIFIERS:
     raise InputError(
       f"{directory} holds another network ({model['name']}), no classifier of noisy images: train one with "
       "configs/noise_classifier.py"

@@ -153,7 +153,7 @@ def train(
 
 
 def held_out_keys(seed: int, ids: jax.typing.ArrayLike) -> jax.Array:
-  """The key of each held-out image: the same at every validation, and none of training or of samples (key(seed))."""
+  """The key of each held-out image: the same at every validation, and none that training or samples draw from."""
   key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"held-out loss"))
   return jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
 
