@@ -3,7 +3,7 @@
 The method of "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal & Nichol, NeurIPS 2021, arXiv:2105.05233, section 4): the
 encoder half of ADM's U-Net is trained by cross-entropy on images with the noise of the diffusion model and is told its
 level; the gradient of log p(y | x; sigma) by x then guides the sampler (their algorithm 2). They publish no classifier of
-CIFAR-10: sizes and numbers here are ours.
+CIFAR-10: sizes and numbers here are ours, and positions are averaged where they pool them by attention.
 
     python -m jax_trustdiff.main --config=configs/noise_classifier.py --config.data.path=<CIFAR-10 npz folder>
 
