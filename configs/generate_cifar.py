@@ -15,6 +15,9 @@ generate.store=<the store> and generate.verify=True, which compares hashes too: 
 Several machines: on a TPU pod or under SLURM the processes of one run share the shards out; independent machines run the same
 command with generate.store=<a shared folder>, generate.num_workers=4 and generate.worker=0, 1, 2, 3, each with its own --workdir.
 
+A DDPM (edm_cifar.py:ddpm) is sampled by all of its levels with sampler.name=ancestral, sampler.discretization=table,
+sampler.num_steps=1000 and sampler.sigma_max=1000.0.
+
 Cost: 35 evaluations of 42 GFLOP an image with the full DDPM++, 1.5 TFLOP; 3 KiB of disk an image.
 
 Variants: cpu (2000 images of a small model, for minutes on two cores: init_from is an export of edm_cifar.py:cpu);

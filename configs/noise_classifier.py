@@ -76,7 +76,7 @@ def get_config(variant: str = "") -> ConfigDict:
     validate_every=4000,  # steps
     profile="",
   )
-  config.eval = dict(batch_size=500, sigmas=(0.1, 0.5, 1.0, 2.0, 5.0, 10.0))  # an accuracy at each sigma
+  config.eval = dict(batch_size=512, sigmas=(0.1, 0.5, 1.0, 2.0, 5.0, 10.0))  # an accuracy at each sigma
   if "cpu" in names:
     _cpu(config)
   if "digits" in names:

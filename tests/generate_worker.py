@@ -3,6 +3,7 @@
 Usage: generate_worker.py. Every line of the answer is {'devices', 'images': {case: SHA-256}, 'naive': different pixels}.
 """
 
+import dataclasses
 import hashlib
 import json
 
@@ -30,12 +31,18 @@ def unet():
   return Denoiser(network, EDMPreconditioning(), jax.tree.unflatten(tree, noisy))
 
 
+def within_the_range():
+  """The mixture `far_apart`, small enough that no pixel is clipped."""
+  world = far_apart()
+  return dataclasses.replace(world, mean=world.mean / 5, variance=world.variance / 25)
+
+
 mesh = parallel.make_mesh()
 sampler = EDMSampler(num_steps=5, churn=2.0)
 found = {}
 for name, model, shape, labels in (
   ("unet", unet(), (8, 8, 3), IDS % 10),
-  ("mixture", far_apart(), (2, 2, 1), None),
+  ("mixture", within_the_range(), (2, 2, 1), None),
 ):
   model = parallel.replicate_to_devices(mesh, model)
   for batch_size in (1, 24, 64):
@@ -48,7 +55,6 @@ for name, model, shape, labels in (
     images(model, IDS[a:b], None if labels is None else labels[a:b]) for a, b in ((0, 5), (5, 37), (37, 64))
   ]
   found[f"{name}, in three parts"] = np.concatenate(parts)
-  distinct = len(np.unique(found[f"{name}, shuffled"].reshape(64, -1), axis=0))
-  assert distinct == 64 or name == "mixture" and distinct > 32  # most of its values are clipped
+  assert len(np.unique(found[f"{name}, shuffled"].reshape(64, -1), axis=0)) == 64
 hashes = {name: hashlib.sha256(images.tobytes()).hexdigest() for name, images in found.items()}
 print(json.dumps({"devices": jax.device_count(), "images": hashes}))

@@ -52,7 +52,7 @@ def test_file_rows_of_any_view(tmp_path):
   np.testing.assert_array_equal(readers.FileRows(part)[rows % 6], images[2:8][rows % 6][..., None])
   reader = readers.FileRows(whole)
   os.truncate(tmp_path / "x.npy", 300)
-  with pytest.raises(RunError, match="x.npy became shorter while it was read; start again"):
+  with pytest.raises(RunError, match="x.npy has changed since it was opened; start again"):
     reader[rows]
   os.unlink(tmp_path / "x.npy")
   with pytest.raises(RunError, match="x.npy can no longer be read: No such file"):

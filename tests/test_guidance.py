@@ -192,9 +192,9 @@ def test_guidances_wait_for_their_labels(float64):
   both = LabelGuidance(labelled, 3.0, 0.05, 10.0)
   for guided, wanted, evaluations in (
     (Guided(denoiser), labelled, 1),
-    (Guided(denoiser, 3.0, 0.05, 10.0), both, 2),
-    (Guided(denoiser, 1.0, classifier=classifier), ClassifierGuidance(labelled, log_prob, 1.0), 1),
-    (Guided(denoiser, 3.0, 0.05, 10.0, classifier, 2.0), ClassifierGuidance(both, log_prob, 2.0), 2),
+    (Guided(denoiser, True, 3.0, 0.05, 10.0), both, 2),
+    (Guided(denoiser, classifier=classifier), ClassifierGuidance(labelled, log_prob, 1.0), 1),
+    (Guided(denoiser, True, 3.0, 0.05, 10.0, classifier, 2.0), ClassifierGuidance(both, log_prob, 2.0), 2),
   ):
     found = jax.jit(lambda guided: guided.with_labels(labels)(x, sigma))(guided)
     np.testing.assert_allclose(found, evaluate(wanted, x, sigma), rtol=0, atol=1e-12)

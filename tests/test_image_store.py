@@ -9,9 +9,10 @@ import resource
 import numpy as np
 import pytest
 
+from jax_trustdiff.data import image_store
 from jax_trustdiff.data.image_store import ImageStore, StorePlan, verify
 from jax_trustdiff.data.sources import SOURCES
-from jax_trustdiff.types import InputError
+from jax_trustdiff.types import InputError, RunError
 
 RNG = np.random.RandomState(0)
 IMAGES = RNG.randint(0, 256, (10, 4, 4, 3), np.uint8)
@@ -87,6 +88,22 @@ def test_makers_are_kept_and_counted(tmp_path):
   assert one.makers([1]) == {"two": 4}
 
 
+def test_two_writers_of_one_shard_that_differ_are_noticed(tmp_path, monkeypatch):
+  one, two = ImageStore(tmp_path, plan(), "one"), ImageStore(tmp_path, plan(), "two")
+  rows, written = np.asarray(one.plan.rows(0)), []
+
+  def write_in_between(path, data):
+    write_file(path, data)
+    if path.name.startswith("ids") and not written:
+      written.append(path)
+      two.write(0, IMAGES[rows] ^ 1, LABELS[rows], IDS[rows])
+
+  write_file = image_store._write
+  monkeypatch.setattr(image_store, "_write", write_in_between)
+  with pytest.raises(RunError, match="another process writes this shard too"):
+    one.write(0, IMAGES[rows], LABELS[rows], IDS[rows])
+
+
 def test_more_shards_than_files_may_be_open(tmp_path):
   store = ImageStore(tmp_path, plan(num_images=60, images_per_shard=1))
   for shard in range(60):
@@ -109,10 +126,10 @@ def test_more_shards_than_files_may_be_open(tmp_path):
   [
     (lambda m: m.pop("num_shards"), "'num_shards' must be there, a int"),
     (lambda m: m.update(num_images="ten"), "'num_images' must be there, a int"),
-    (lambda m: m.update(num_images=11), "holds 10 images, and manifest.json says 11"),
+    (lambda m: m.update(num_images=11), "holds 10 images and 10 ids, and manifest.json says 11"),
     (lambda m: m.update(num_shards=2), "-of-00002.npy is missing in the store"),
     (lambda m: m.update(num_shards=10**9), "names 9 files of 1000000000 shards"),
-    (lambda m: m.update(format=7), "not the manifest of an image store of format 1"),
+    (lambda m: m.update(format=7), "not the manifest of an image store of format 2"),
     (lambda m: m.update(files=[1]), "'files' must be there, a dict"),
     (lambda m: m["files"].pop("ids-00001-of-00003.npy"), "ids-00001-of-00003.npy is missing in the store"),
     (lambda m: m["files"].update(other={}), "other is no file of the store"),

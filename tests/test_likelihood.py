@@ -115,7 +115,6 @@ def test_error_in_192_dimensions():
   likelihood = ODELikelihood(trace="exact", data_std=float(np.sqrt(world.variance.mean())), basis_chunk=64)
   found = run(likelihood, world, x).log_prob
   error = np.asarray(found, np.float64) - world.log_density(x)
-  print(f"error in 192 dimensions: {error.round(4)} nats")
   assert np.abs(error).max() < 0.02
 
 

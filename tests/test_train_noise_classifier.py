@@ -109,6 +109,16 @@ def test_training_goes_on_from_an_export(trained, tmp_path):
   assert found["num_steps"] == 10 and found["loss"] == pytest.approx(metrics["loss"], rel=0.05)
 
 
+def test_another_preconditioning_is_refused(trained, tmp_path):
+  path, _, _ = trained
+  other = config_of(init_from=str(path / "export"), **{"diffusion.preconditioning.sigma_data": 0.7})
+  with pytest.raises(
+    InputError, match="was trained with EDMPreconditioning.*and diffusion.preconditioning is"
+  ):
+    complete(tmp_path / "run", other)
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
   "overrides, message",
   [
@@ -116,6 +126,7 @@ def test_training_goes_on_from_an_export(trained, tmp_path):
     ({"eval.sigmas": (0.0, 1.0)}, "eval.sigmas"),
     ({"eval.sigmas": (1.0, 1.0)}, "eval.sigmas"),
     ({"train.num_validation": 0}, "give at least 1"),
+    ({"eval.batch_size": 0}, "batch size 0 is not divisible"),
     ({"train.num_images": 10}, "less than one batch"),
     ({"model.model_channels": 10}, "multiple of 4"),
     ({"diffusion.loss.log_std": 0.0}, "log_std"),
@@ -283,5 +294,5 @@ def test_classes_must_have_the_names_of_the_model(tmp_path):
   names = lambda model, given: noise_classifiers.load_to_guide(tmp_path, model, given)[1]["class_names"]  # noqa: E731
   assert names(model, ()) == names(model, tuple("0123456789")) == tuple("0123456789")
   assert names(dataclasses.replace(model, num_classes=0), ("cat", "dog")) == tuple("0123456789")
-  with pytest.raises(InputError, match="its class 2 is '2', and that of the model 'x'"):
+  with pytest.raises(InputError, match="class 2 is '2'; in the model it is 'x'"):
     names(model, tuple("01x3456789"))

@@ -14,6 +14,7 @@ plan, the images and the maker alone: a store that was interrupted is, in the en
 import collections
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -30,7 +31,7 @@ from jax_trustdiff.data.readers import existing, read_npy, split_folder
 from jax_trustdiff.data.records import ImageSource, agreed_names, check_split, image_source
 from jax_trustdiff.types import InputError, RunError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, PLAN = "manifest.json", "plan.json"
 TEMPORARY = ".tmp"
 ARRAYS = {"images": np.dtype(np.uint8), "labels": np.dtype(np.int32), "ids": np.dtype(np.int64)}
@@ -83,7 +84,7 @@ class StorePlan:
 
 
 class ImageStore:
-  """A store at `path` to be written: shards in any order, by any process, each only once if none dies.
+  """A store at `path` to be written: shards in any order, by any process, each by one process at a time.
 
   maker: who writes, such as a kind of device and a version, where equal plans may give images that differ by rounding; kept with
   each shard, and counted in the manifest.
@@ -126,7 +127,8 @@ class ImageStore:
   def write(self, shard: int, images: np.ndarray, labels: np.ndarray, ids: np.ndarray) -> None:
     """Writes a shard: uint8 images [n h w c], labels [n], ids [n], with n = len(plan.rows(shard)).
 
-    InputError for arrays that are not the shard's, and if the plan in the folder is no longer this one.
+    What killed writers of the shard left half written is taken away. InputError for arrays that are not the shard's, and if the
+    plan in the folder is no longer this one; RunError if another process writes the shard too, and not the same.
     """
     self.check()
     arrays = {"images": np.asarray(images), "labels": np.asarray(labels), "ids": np.asarray(ids)}
@@ -139,13 +141,16 @@ class ImageStore:
       files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     about = {"num_images": len(arrays["labels"]), "maker": self.maker, "files": files}
     _write(self._about(shard), _dump(about))
+    _clear(self.path, f"*-{shard:05d}-of-*")
+    if fault := self.fault(shard, thorough=True):
+      raise RunError(f"{fault}: another process writes this shard too, and not the same")
 
-  def finish(self) -> str | None:
-    """Writes manifest.json if every shard is complete and returns its SHA-256; else None. May be called by any process.
+  def finish(self, thorough: bool = False) -> str | None:
+    """Writes manifest.json if every shard is complete, as `missing` sees it, and returns its SHA-256; else None.
 
-    What killed writers left half written is then taken away.
+    May be called by any process.
     """
-    if self.missing():
+    if self.missing(thorough):
       return None
     files = {}
     for shard in range(self.plan.num_shards):
@@ -154,8 +159,8 @@ class ImageStore:
     data = _dump(self.plan.as_json() | {"num_shards": self.plan.num_shards, "makers": makers, "files": files})
     if not (self.path / MANIFEST).exists() or (self.path / MANIFEST).read_bytes() != data:
       _write(self.path / MANIFEST, data)
-    for left in self.path.glob(f".*{TEMPORARY}"):
-      left.unlink(missing_ok=True)
+    for name in (MANIFEST, PLAN):
+      _clear(self.path, name)
     return hashlib.sha256(data).hexdigest()
 
   def makers(self, shards: Iterable[int]) -> dict[str, int]:
@@ -234,9 +239,12 @@ def image_store(
     raise InputError(f"{root}: num_classes={num_classes}; the store has {manifest['num_classes']} classes")
   names = agreed_names(tuple(manifest["class_names"]), class_names, str(root))
   source = image_source(parts["images"], parts["labels"], str(root), manifest["num_classes"], names)
-  if len(source) != manifest["num_images"]:
-    raise InputError(f"{root} holds {len(source)} images, and {MANIFEST} says {manifest['num_images']}")
-  return dataclasses.replace(source, ids=np.concatenate([np.array(ids) for ids in parts["ids"]]))
+  ids = np.concatenate([np.array(part) for part in parts["ids"]])
+  if not len(source) == len(ids) == manifest["num_images"]:
+    raise InputError(
+      f"{root} holds {len(source)} images and {len(ids)} ids, and {MANIFEST} says {manifest['num_images']}"
+    )
+  return dataclasses.replace(source, ids=ids)
 
 
 def verify(path: str | os.PathLike) -> int:
@@ -352,7 +360,7 @@ def _npy_bytes(array: np.ndarray) -> bytes:
 
 
 def _write(file: pathlib.Path, data: bytes) -> None:
-  """The file whole or not at all. Two processes may write the same at once; RunError if they do not write the same."""
+  """The file whole or not at all, whatever other processes do; the last of several writers wins."""
   temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}{TEMPORARY}")
   try:
     with open(temporary, "wb") as stream:
@@ -360,15 +368,19 @@ def _write(file: pathlib.Path, data: bytes) -> None:
       stream.flush()
       os.fsync(stream.fileno())
     os.replace(temporary, file)
-  except (
-    FileNotFoundError
-  ):  # another process finished the store and took the temporary file for one that was left
-    if not file.exists() or file.read_bytes() != data:
-      raise RunError(f"{file} is being written by another process too, and not with the same data") from None
-  except OSError:
-    temporary.unlink(missing_ok=True)
-    raise
+  except OSError as error:
+    # Another writer of the file may have taken the temporary one for what a killed one left.
+    gone = error.errno in (errno.ENOENT, errno.ESTALE)
+    if not (gone and file.exists() and file.read_bytes() == data):
+      temporary.unlink(missing_ok=True)
+      raise
   _sync_folder(file.parent)
+
+
+def _clear(folder: pathlib.Path, pattern: str) -> None:
+  """Takes away what killed writers of files with such names left."""
+  for left in folder.glob(f".{pattern}.*{TEMPORARY}"):
+    left.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

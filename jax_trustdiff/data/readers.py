@@ -77,7 +77,7 @@ class FileRows:
   Rows taken at random from a large map cost one page fault for every 4 KiB, with a read-ahead that is thrown
   away. One system call for each run of neighbouring rows reads the same bytes about ten times faster from a
   cold file, and other threads go on meanwhile. The file is open only while it is read: a data set may have more parts
-  than a process may have open files. RunError if the file has become shorter since, or is gone.
+  than a process may have open files. RunError if the file is no longer the one it was, or is gone.
   """
 
   def __init__(self, array: np.memmap):
@@ -85,6 +85,7 @@ class FileRows:
     while isinstance(root.base, np.ndarray):
       root = root.base
     self.path = root.filename
+    self._identity = _identity(os.stat(self.path))
     self.offset = root.offset + array.ctypes.data - root.ctypes.data
     self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
     self.row_bytes = array.nbytes // len(array)
@@ -99,6 +100,8 @@ class FileRows:
     stops = np.append(starts, len(rows))[1:]
     try:
       with open(self.path, "rb", buffering=0) as file:
+        if _identity(os.fstat(file.fileno())) != self._identity:
+          raise RunError(f"{self.path} has changed since it was opened; start again with the file as it is")
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
           piece = view[start * self.row_bytes : stop * self.row_bytes]
           self._read(file, piece, self.offset + int(rows[start]) * self.row_bytes)
@@ -112,6 +115,10 @@ class FileRows:
       if not count:
         raise RunError(f"{self.path} became shorter while it was read; start again with the whole file")
       piece, at = piece[count:], at + count
+
+
+def _identity(stat: os.stat_result) -> tuple[int, ...]:
+  return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def detached(part):

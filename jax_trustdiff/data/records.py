@@ -103,15 +103,20 @@ def check_split(split: str) -> None:
     raise InputError(f"unknown split {split!r}; there are 'train' and 'test'")
 
 
-def agreed_names(found: Sequence[str], of_train: Sequence[str], where: str) -> tuple[str, ...]:
-  """The class names `found` in a split, or those `of_train`; InputError if both are there and differ."""
+def agreed_names(
+  found: Sequence[str], of_train: Sequence[str], where: str, whose: str = "the training split"
+) -> tuple[str, ...]:
+  """The class names `found` in a split, or those `of_train`; InputError if both are there and differ.
+
+  where, whose: the words of its message for the one and the other.
+  """
   if not found or not of_train:
     return tuple(of_train or found)
   if len(found) != len(of_train):
-    raise InputError(f"{where}: {len(found)} classes; expected the {len(of_train)} of the training split")
+    raise InputError(f"{where}: {len(found)} classes; expected the {len(of_train)} of {whose}")
   for i, (name, expected) in enumerate(zip(found, of_train, strict=True)):
     if name != expected:
-      raise InputError(f"{where}: class {i} is {name!r}; in the training split it is {expected!r}")
+      raise InputError(f"{where}: class {i} is {name!r}; in {whose} it is {expected!r}")
   return tuple(found)
 
 

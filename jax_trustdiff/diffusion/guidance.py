@@ -197,26 +197,27 @@ class CleanLogProb:
 class Guided:
   """A denoiser with its guidance, whose labels are not known yet: `with_labels` gives the DenoiseFn; a pytree.
 
-  scale, sigma_min, sigma_max: of `LabelGuidance`, which scale 1 leaves out. With a classifier, `ClassifierGuidance` by
-  it on top, for a denoiser with or without classes; the numbers of classes must agree.
+  by_labels: whether there is `LabelGuidance`, with scale, sigma_min and sigma_max. With a classifier, `ClassifierGuidance` by it
+  on top, for a denoiser with or without classes; the numbers of classes must agree.
   """
 
   denoiser: Denoiser
-  scale: float = dataclasses.field(default=1.0, metadata={"static": True})
-  sigma_min: float = dataclasses.field(default=0.0, metadata={"static": True})
-  sigma_max: float = dataclasses.field(default=float("inf"), metadata={"static": True})
+  by_labels: bool = dataclasses.field(default=False, metadata={"static": True})
+  scale: Any = 1.0
+  sigma_min: Any = 0.0
+  sigma_max: Any = float("inf")
   classifier: NoisyLogitsFn | None = None
-  classifier_scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+  classifier_scale: Any = 1.0
 
   @property
   def network_evaluations(self) -> int:
     """Evaluations of the denoiser's network for one of the DenoiseFn, those of the classifier not counted."""
-    return 1 if self.scale == 1 else 2
+    return 2 if self.by_labels else 1
 
   def with_labels(self, labels: Labels) -> DenoiseFn:
     """The denoiser guided to integer class labels [b]; InputError if `LabelGuidance` is asked for and it has no classes."""
     denoise = self.denoiser.with_labels(labels)
-    if self.scale != 1:
+    if self.by_labels:
       denoise = LabelGuidance(denoise, self.scale, self.sigma_min, self.sigma_max)
     if self.classifier is not None:
       log_prob = NoisyLogProb(self.classifier, labels)

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from jax_trustdiff.interop import edm_names, edm_snapshot, export, safetensors_io, torch_names, uvit_names
+from jax_trustdiff.interop import (
+  edm_names,
+  edm_snapshot,
+  export,
+  network_weights,
+  safetensors_io,
+  torch_names,
+  uvit_names,
+)
 from jax_trustdiff.interop.torch_reader import read_torch
 from jax_trustdiff.models.registry import Network
 from jax_trustdiff.models.uvit import UViT
@@ -87,10 +95,10 @@ def _check_named(network: Network) -> None:
 
 def _from_snapshot(path: pathlib.Path, network: Network) -> tuple[Variables, dict[str, Any]]:
   snapshot = edm_snapshot.read_snapshot(path)
-  with edm_snapshot.about(path):
+  with network_weights.about(path):
     stored, section = snapshot.network, snapshot.model_section
   _check_same(path, stored, network)
-  with edm_snapshot.about(path):
+  with network_weights.about(path):
     return snapshot.variables, section
 
 

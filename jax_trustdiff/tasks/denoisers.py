@@ -16,7 +16,7 @@ from jax_trustdiff.diffusion.denoisers import (
   Preconditioning,
 )
 from jax_trustdiff.diffusion.samplers import SAMPLERS
-from jax_trustdiff.interop import edm_names, edm_snapshot, export
+from jax_trustdiff.interop import edm_names, edm_snapshot, export, network_weights
 from jax_trustdiff.models.registry import DIFFUSION_NETWORKS
 from jax_trustdiff.types import DiffusionNetwork, InputError, Variables
 
@@ -53,12 +53,15 @@ def build_sampler(section: Section, preconditioning: Preconditioning) -> Any:
   rounded to them (Karras et al. 2022, released code). InputError for a sampler of a process that leaves the range, that
   cannot round, or that would round to other levels.
   """
+  whole_times = getattr(preconditioning, "whole_times", False)
+  if whole_times and section.get("discretization") == "table" and not section.get("round_to"):
+    section = config_lib.to_plain(section) | {"round_to": preconditioning.process}
   sampler = config_lib.build(SAMPLERS, section)
   fields, changes = {field.name for field in dataclasses.fields(sampler)}, {}
   if {"sigma_min", "sigma_max"} <= fields:
     changes["sigma_min"] = max(sampler.sigma_min, float(preconditioning.sigma_min))
     changes["sigma_max"] = min(sampler.sigma_max, float(preconditioning.sigma_max))
-  if getattr(preconditioning, "whole_times", False):
+  if whole_times:
     if "round_to" not in fields:
       raise InputError(
         f"the model knows whole times only, to which sampler {section['name']!r} cannot round; continuous_times=True, "
@@ -126,13 +129,13 @@ def load_denoiser(path: str | os.PathLike) -> Denoiser:
   path = pathlib.Path(path)
   if path.suffix == SNAPSHOT and not path.is_dir():
     snapshot = edm_snapshot.read_snapshot(path)
-    with edm_snapshot.about(path):
+    with network_weights.about(path):
       preconditioning = build_preconditioning(snapshot.denoiser_section)
       _check_levels(preconditioning, snapshot.state_dict)
       network, variables = snapshot.network, snapshot.variables
   else:
     network, variables, meta = export.load_export(path)
-    with edm_snapshot.about(path):
+    with network_weights.about(path):
       preconditioning = build_preconditioning(_denoiser_section(network, meta))
   return Denoiser(network, preconditioning, jax.tree.map(jax.numpy.asarray, variables))
 
@@ -177,12 +180,12 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
   path = pathlib.Path(path)
   if path.suffix == SNAPSHOT and not path.is_dir():
     snapshot = edm_snapshot.read_snapshot(path)
-    with edm_snapshot.about(path):
+    with network_weights.about(path):
       network, meta = snapshot.network, {"dataset": snapshot.dataset_kwargs}
       meta |= {"model": snapshot.model_section, "denoiser": snapshot.denoiser_section}
   else:
     network, meta = export.load_network(path)
-    with edm_snapshot.about(path):
+    with network_weights.about(path):
       _denoiser_section(network, meta)
   names = meta.get("class_names")
   found = {"sampler": None} | meta

@@ -74,7 +74,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     config, store, sampler, denoise, labels_of, range(worker, plan.num_shards, num_workers)
   )
   parallel.barrier("shards")
-  sha256 = store.finish()
+  sha256 = store.finish(config.generate.verify)
   missing = store.missing()
   if sha256:
     say(f"complete: {plan.num_images:,} images in {path}, SHA-256 of the manifest {sha256}")
@@ -101,7 +101,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 
 
 def maker() -> str:
-  """Where images are computed, as far as their rounding depends on it: version of JAX and kind of device."""
+  """Where images are computed: version of JAX and kind of device, on which, among other things, their rounding depends."""
   device = jax.devices()[0]
   return f"jax {jax.__version__}, {device.platform} {device.device_kind}"
 
@@ -116,9 +116,12 @@ def load_model(config) -> Model:
   fingerprint, names = _fingerprint(described, denoiser.variables), known["class_names"]
   num_classes, guidance = denoiser.network.num_classes, config_lib.to_plain(config.guidance)
   path, scale = guidance.pop("classifier"), guidance.pop("classifier_scale")
-  guided = Guided(denoiser, **guidance)
+  guided = Guided(denoiser, guidance["scale"] != 1, **guidance)
   if path:
     classifier, about = noise_classifiers.load_to_guide(path, denoiser.network, names)
+    if config.generate.dtype:
+      network = dataclasses.replace(classifier.network, dtype=config.generate.dtype)
+      classifier = dataclasses.replace(classifier, network=network)
     guided = dataclasses.replace(guided, classifier=classifier, classifier_scale=scale)
     num_classes, names = classifier.network.num_classes, about["class_names"]
     described = {name: about[name] for name in ("model", noise_classifiers.KEY)}
@@ -194,7 +197,7 @@ def _labels_from_file(file: pathlib.Path, section, num_classes: int) -> tuple[La
 
 def _sampler(config, model: Model, mesh) -> ImageSampler:
   section, guided, denoiser = config.generate, model.guided, model.guided.denoiser
-  if guided.scale != 1 and (section.labels == "none" or not denoiser.network.num_classes):
+  if guided.by_labels and (section.labels == "none" or not denoiser.network.num_classes):
     raise InputError(f"guidance.scale={guided.scale} needs a model with classes, and labels")
   sampler = denoisers.build_sampler(config_lib.to_plain(config.sampler), denoiser.preconditioning)
   if guided.classifier is not None:

@@ -8,9 +8,11 @@ import jax
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff.data import sources
+from jax_trustdiff.data.records import agreed_names
 from jax_trustdiff.diffusion.denoisers import PRECONDITIONINGS
 from jax_trustdiff.diffusion.guidance import NoisyClassifier
-from jax_trustdiff.interop import edm_snapshot, export
+from jax_trustdiff.interop import export
+from jax_trustdiff.interop.network_weights import about as naming
 from jax_trustdiff.models.registry import NETWORKS, NOISE_CLASSIFIERS
 from jax_trustdiff.tasks import denoisers
 from jax_trustdiff.types import DiffusionNetwork, InputError, NoiseConditionalClassifier, Variables
@@ -44,8 +46,8 @@ def save_noise_classifier(
 ) -> None:
   """Writes the export of a classifier of noisy images: model.safetensors and model.json, each whole or not at all.
 
-  model: complete (`model_section`). preconditioning: a section of PRECONDITIONINGS without infinite
-  values. extra: JSON kept beside it, such as 'class_names' and 'metrics'.
+  model: complete (`model_section`). preconditioning: a section of PRECONDITIONINGS; its infinite values are left
+  out. extra: JSON kept beside it, such as 'class_names' and 'metrics'.
   """
   stored = denoisers.storable(preconditioning)
   export.save_export(directory, config_lib.to_plain(model), variables, {KEY: stored} | dict(extra or {}))
@@ -72,7 +74,7 @@ def load_described(directory: str | os.PathLike) -> tuple[NoisyClassifier, dict[
   if not isinstance(section, dict) or not isinstance(section.get("name"), str):
     known = ", ".join(PRECONDITIONINGS)
     raise InputError(f"{directory}: {export.DESCRIPTION} needs '{KEY}': {{'name': one of {known}, ...}}")
-  with edm_snapshot.about(directory):
+  with naming(directory):
     preconditioning = denoisers.build_preconditioning(section)
   variables = jax.tree.map(jax.numpy.asarray, variables)
   return NoisyClassifier(network, variables, preconditioning), {"class_names": ()} | meta
@@ -83,11 +85,12 @@ def load_to_guide(
 ) -> tuple[NoisyClassifier, dict[str, Any]]:
   """`load_described` of a classifier that is to guide a model; InputError if their images or classes differ.
 
+  Not looked at: whether it was trained at all the noise levels at which it is to guide.
   class_names: of the model, () where they are not known. 'class_names' are then those of the model, where it has classes and
   they are known, or else those of the classifier.
   """
   classifier, about = load_described(directory)
-  its, names = classifier.network, tuple(about["class_names"])
+  its, names = classifier.network, tuple(about["class_names"] or ())
   if its.image_shape != network.image_shape:
     raise InputError(
       f"{directory} classifies images of {its.image_shape}, and those of the model are {network.image_shape}"
@@ -96,9 +99,4 @@ def load_to_guide(
     return classifier, about | {"class_names": names}
   if its.num_classes != network.num_classes:
     raise InputError(f"{directory} knows {its.num_classes} classes, and the model has {network.num_classes}")
-  if names and class_names and names != class_names:
-    wrong = next(i for i in range(its.num_classes) if names[i] != class_names[i])
-    raise InputError(
-      f"{directory}: its class {wrong} is {names[wrong]!r}, and that of the model {class_names[wrong]!r}"
-    )
-  return classifier, about | {"class_names": class_names or names}
+  return classifier, about | {"class_names": agreed_names(names, class_names, str(directory), "the model")}

@@ -7,6 +7,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import pathlib
 import zlib
 from collections.abc import Callable
 
@@ -17,8 +18,9 @@ import numpy as np
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
 from jax_trustdiff.data import pipeline, records, sources
-from jax_trustdiff.interop import pretrained
+from jax_trustdiff.interop import edm_snapshot, export, pretrained
 from jax_trustdiff.models.registry import forward_flops, num_params
+from jax_trustdiff.tasks import denoisers
 from jax_trustdiff.training import loop, optimizers, state
 from jax_trustdiff.training.checkpoints import Checkpoints
 from jax_trustdiff.training.ema import half_life_decay
@@ -120,7 +122,7 @@ def train(
   The metrics are those of `validate` at the end and, as first/..., at the first validation, with num_steps and num_params.
   InputError, before anything is written, for an init_from or a batch that does not fit.
   """
-  variables = pretrained.load_variables(config.init_from, network)[0] if config.init_from else None
+  variables = _initial_variables(config, network) if config.init_from else None
   arguments = (network.init, trainer.optimizer)
   placed = (mesh, config.mesh.rules, trainer.num_power_averages)
   _check_batch(trainer, state.shapes(*arguments, *placed), data, config.train.batch_size)
@@ -150,6 +152,22 @@ def train(
   if len(seen) > 1:
     metrics |= {f"first/{name}": value for name, value in seen[0].items()}
   return parallel.gather_to_host(last.ema_variables), metrics
+
+
+def _initial_variables(config, network) -> Variables:
+  """The variables of config.init_from, of a network that was trained with the preconditioning of the config."""
+  variables = pretrained.load_variables(config.init_from, network)[0]
+  path = pathlib.Path(config.init_from)
+  if path.is_dir():
+    meta = export.read_description(path)
+    stored = meta.get("denoiser") or meta.get("preconditioning")
+  else:  # a state_dict does not say it
+    stored = edm_snapshot.read_snapshot(path).denoiser_section if path.suffix == pretrained.SNAPSHOT else None
+  if stored:
+    theirs, ours = map(denoisers.build_preconditioning, (stored, config.diffusion.preconditioning))
+    if theirs != ours:
+      raise InputError(f"{path} was trained with {theirs}, and diffusion.preconditioning is {ours}")
+  return variables
 
 
 def held_out_keys(seed: int, ids: jax.typing.ArrayLike) -> jax.Array:

@@ -91,6 +91,7 @@ class Watch:
       raise InputError(
         "train.num_validation=0: the classifier is watched by held-out images, give at least 1"
       )
+    parallel.check_batch(config.eval.batch_size, mesh)
     self._config, self._data, self._mesh = config, data, mesh
     self._network, self._preconditioning, self._density = network, preconditioning, density
     self._loss, self._hits = jax.jit(self._losses), jax.jit(self._right)
