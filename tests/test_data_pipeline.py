@@ -136,7 +136,7 @@ def test_a_file_that_shrinks_stops_a_streaming_run(tmp_path):
   source = sources.npy(str(tmp_path))
   feed = StreamingFeed(source, EpochSampler(40, 8), parallel.make_mesh())
   os.truncate(tmp_path / "images.npy", 300)
-  with pytest.raises(RunError, match="images.npy became shorter while it was read"):
+  with pytest.raises(RunError, match="images.npy has changed since it was opened"):
     feed.next(40)
   feed.close()
 
