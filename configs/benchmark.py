@@ -47,14 +47,14 @@ def get_config(variant: str = "") -> ConfigDict:
   }[name]()
   if name == "wrn28_10":
     config.benchmark.update(
-      depth=28, width=10, batch_size=512, dtype="bfloat16", steps_per_round=5, cliff=False
+      depth=28, width=10, batch_size=512, dtype="bfloat16", steps_per_round=5, cliff=0
     )
   if chosen[0].endswith("_gpu"):
     config.benchmark.update(
       model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, dtype="bfloat16", batch_size=256
     )
   if "smoke" in names and config.benchmark.name == "at_step":
-    config.benchmark.update(depth=10, width=1, batch_size=8, num_steps=2, rounds=2)
+    config.benchmark.update(depth=10, width=1, batch_size=8, num_steps=2, rounds=2, cliff=2)
   elif "smoke" in names:
     config.benchmark.update(
       image_size=8,
@@ -80,7 +80,7 @@ def _at_step():
     rounds=5,
     steps_per_round=1,
     peer_python="",  # an interpreter with torch; '': this one, if it has torch
-    cliff=True,  # also measure gradient convolutions inside and outside a loop
+    cliff=16,  # images whose gradient convolutions are measured inside and outside a loop; 0: none
   )
 
 

@@ -96,7 +96,7 @@ def test_ratios_are_plotted_as_numbers(tmp_path, monkeypatch):
   )
   monkeypatch.setattr(benchmark_at_step, "_our_step", lambda *_: lambda count: 1.35 * count)
   monkeypatch.setattr(tools, "peer", lambda *_: contextlib.nullcontext(lambda count: 1.0 * count))
-  measured(tmp_path, cliff=False)
+  measured(tmp_path, cliff=0)
   assert (
     drawn["groups"] == {f"{step}2": {"ours / peer": 1.35} for step in ("pgd_at", "trades")}
     and drawn["percent"] is False

@@ -27,10 +27,11 @@ def at_step(
   rounds: int,
   steps_per_round: int,
   peer_python: str,
-  cliff: bool,
+  cliff: int,
 ) -> Callable[[Workdir], dict[str, float]]:
   """The adversarial training step of a WideResNet on one device, beside torch's on the same.
 
+  cliff: images of the batch whose gradients of a convolution are measured inside and outside of a loop; 0: none.
   InputError if `peer_python` has no torch, RunError if the peer dies.
   """
   for name in objectives:
@@ -40,7 +41,7 @@ def at_step(
   network = MODELS["wide_resnet"](depth=depth, width=width, dtype=dtype, mean=(0.47,), std=(0.25,))
 
   def measure(workdir: Workdir) -> dict[str, float]:
-    metrics = _cliff() if cliff else {}
+    metrics = _cliff(cliff) if cliff else {}
     for name in objectives:
       ours = _our_step(network, name, batch_size, num_steps)
       settings = dict(
@@ -106,10 +107,10 @@ def _our_step(network, objective_name: str, batch_size: int, num_steps: int) -> 
   return run
 
 
-def _cliff() -> dict[str, float]:
-  """Gradients of a 3x3 convolution, 64 to 64 channels, 32x32, batch 16: inside a loop against plain lax outside of one."""
+def _cliff(batch_size: int) -> dict[str, float]:
+  """Gradients of a 3x3 convolution, 64 to 64 channels, 32x32: inside a loop against plain lax outside of one."""
   keys = jax.random.split(jax.random.key(0), 3)
-  image, kernel = (16, 32, 32, 64), (3, 3, 64, 64)
+  image, kernel = (batch_size, 32, 32, 64), (3, 3, 64, 64)
   x, w, g = (jax.random.normal(key, shape) for key, shape in zip(keys, (image, kernel, image), strict=True))
   count = 4
 
