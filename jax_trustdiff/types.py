@@ -74,6 +74,14 @@ class Classifier(Protocol):
 
 
 @runtime_checkable
+class RandomizedLogitsFn(Protocol):
+  """A classifier that draws random numbers, such as one with a random defence before it; a pytree."""
+
+  def draw(self, key: jax.Array) -> LogitsFn:
+    """The classifier with its draws fixed by `key`: one for the batch, or one for each image [b]."""
+
+
+@runtime_checkable
 class DiffusionNetwork(Protocol):
   """The raw network F of a diffusion model: pure functions of explicit variables."""
 

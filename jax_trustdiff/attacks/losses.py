@@ -48,6 +48,33 @@ def dlr(logits: Logits, y: Labels) -> PerExample:
   return -_gap(logits, y) / (largest[:, 0] - largest[:, 2] + 1e-12)
 
 
+def targeted_dlr(logits: Logits, y: Labels, target: Labels) -> PerExample:
+  """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12): the dlr loss towards a class t (Croce and Hein 2020, eq. 7).
+
+  Four classes or more.
+  """
+  if logits.shape[1] < 4:
+    raise InputError(
+      f"the targeted dlr loss needs at least 4 classes, found {logits.shape[1]}; use ce or margin"
+    )
+  logits = _full_precision(logits)
+  largest = jax.lax.top_k(logits, 4)[0]
+  scale = largest[:, 0] - (largest[:, 2] + largest[:, 3]) / 2 + 1e-12
+  return (_pick(logits, target) - _pick(logits, y)) / scale
+
+
+def targeted_ce(logits: Logits, y: Labels, target: Labels) -> PerExample:
+  """log p_t, at most 0: minus the cross-entropy to a class t. `y` is not looked at."""
+  del y
+  return -ce(logits, target)
+
+
+def targeted_margin(logits: Logits, y: Labels, target: Labels) -> PerExample:
+  """z_t - z_y: positive where the class t is before the label."""
+  logits = _full_precision(logits)
+  return _pick(logits, target) - _pick(logits, y)
+
+
 def kl(p_logits: Logits, q_logits: Logits) -> PerExample:
   """KL(p || q) = sum_k p_k log(p_k / q_k) in nats, at least 0, with p and q the softmax of the logits.
 
@@ -59,6 +86,7 @@ def kl(p_logits: Logits, q_logits: Logits) -> PerExample:
 
 
 LOSSES = {"ce": ce, "margin": margin, "margin_unclipped": margin_unclipped, "dlr": dlr}
+TARGETED_LOSSES = {"ce": targeted_ce, "margin": targeted_margin, "dlr": targeted_dlr}
 
 
 def _full_precision(logits: Logits) -> Logits:
