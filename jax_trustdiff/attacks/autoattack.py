@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -122,6 +122,19 @@ def attacks_of(version: str, norm: str, radius: norms.Scalar, num_classes: int) 
   if version == "rapid":
     return first | {"apgd_t": targeted["apgd_t"]}
   return first | targeted | square
+
+
+def choose(
+  attacks: Mapping[str, AttackOfRuns], names: Sequence[str], num_steps: int = 0, num_queries: int = 0
+) -> dict[str, AttackOfRuns]:
+  """Those of `attacks` that are named, in this order, with other numbers of steps (APGD, FAB) and queries (Square); 0: their own."""
+  if unknown := [name for name in names if name not in attacks] or ([] if names else ["nothing"]):
+    raise InputError(f"no such attack: {', '.join(unknown)}; there are {', '.join(attacks)}")
+  found = {}
+  for name in names:
+    steps = num_queries if isinstance(attacks[name], Square) else num_steps
+    found[name] = dataclasses.replace(attacks[name], num_steps=steps) if steps else attacks[name]
+  return found
 
 
 class AutoAttack:

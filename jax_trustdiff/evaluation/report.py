@@ -349,7 +349,7 @@ def accuracy_curves(
   log: bool = False,
   chance: float | None = None,
 ) -> None:
-  """PNG with a line through the points (x, accuracy) of each of `curves`, by name.
+  """PNG with a line through the points (x, accuracy) of each of `curves`, by name; one point is a mark.
 
   Accuracies are fractions and shown in percent. log: the horizontal axis is logarithmic. chance: a dashed line at the
   accuracy of guessing.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_trustdiff.models import edm_unet, uvit
+from jax_trustdiff.models.graph_classifier import GraphClassifier
 from jax_trustdiff.models.noise_classifier import NoiseClassifier
 from jax_trustdiff.models.preact_resnet import PreActResNet
 from jax_trustdiff.models.wide_resnet import WideResNet
@@ -21,7 +22,7 @@ from jax_trustdiff.types import (
   Variables,
 )
 
-MODELS = {"wide_resnet": WideResNet, "preact_resnet": PreActResNet}
+MODELS = {"wide_resnet": WideResNet, "preact_resnet": PreActResNet, "graph": GraphClassifier}
 DIFFUSION_NETWORKS = {
   "ddpmpp": edm_unet.ddpmpp,
   "ncsnpp": edm_unet.ncsnpp,

@@ -1,6 +1,7 @@
 """What the tasks about classifiers share: data and networks from a config, and their evaluation."""
 
 import dataclasses
+import pathlib
 import zlib
 from typing import Any
 
@@ -12,10 +13,12 @@ from jax_trustdiff import parallel
 from jax_trustdiff.attacks.pgd import ATTACKS
 from jax_trustdiff.data import pipeline, records, sources
 from jax_trustdiff.evaluation import accuracy
-from jax_trustdiff.interop import pretrained
+from jax_trustdiff.interop import export, graph_npz, pretrained
 from jax_trustdiff.models.registry import MODELS, bind
 from jax_trustdiff.training.progress import ProgressReport
-from jax_trustdiff.types import Classifier, LogitsFn, Variables, to_unit
+from jax_trustdiff.types import Classifier, InputError, LogitsFn, Variables, to_unit
+
+UNTRAINED = "untrained"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,43 @@ def initial_variables(config, network: Classifier) -> Variables | None:
   return pretrained.load_variables(config.init_from, network)[0] if config.init_from else None
 
 
+def load_classifier(config, source: sources.ImageSource) -> tuple[Classifier, Variables, tuple[str, ...]]:
+  """(network, variables, class names) of config.init_from: an export, an .npz graph, a torch checkpoint or 'untrained'.
+
+  The network of a checkpoint, and of 'untrained' (a fresh one), is that of config.model. InputError if it is not one for the images
+  and classes of `source`.
+  """
+  if not config.init_from:
+    raise InputError(
+      "init_from is empty: give the export folder of a classifier, --config.init_from=<run>/export"
+    )
+  path = pathlib.Path(config.init_from).expanduser()
+  if config.init_from == UNTRAINED:
+    network = build_network(config.model, source)
+    variables = jax.jit(network.init)(jax.random.key(config.seed))
+  elif path.is_dir():
+    network, variables, _ = export.load_export(path)
+    if not isinstance(network, Classifier):
+      raise InputError(f"{path} holds {type(network).__name__}, no classifier")
+  elif path.suffix == ".npz":
+    network, variables = graph_npz.load_graph(path, source.image_shape)
+  else:
+    network = build_network(config.model, source)
+    variables = pretrained.load_variables(path, network)[0]
+  for what, of_network, of_images in (
+    ("images", network.image_shape, source.image_shape),
+    ("classes", network.num_classes, source.num_classes),
+  ):
+    if of_network != of_images:
+      raise InputError(f"the network is made for {what} {of_network}, and the data have {of_images}")
+  return network, variables, source.class_names
+
+
+def in_float32(network: Classifier) -> Classifier:
+  """The same network, which computes in float32."""
+  return dataclasses.replace(network, dtype="float32")
+
+
 def model_section(config, network: Classifier) -> dict[str, Any]:
   """config.model completed with what the data decided: what an export stores and `MODELS` builds from."""
   section = config_lib.to_plain(config.model)
@@ -89,7 +129,7 @@ class Evaluator:
     self, network: Classifier, source: sources.ImageSource, attack, batch_size: int, mesh, seed: int
   ):
     parallel.check_batch(batch_size, mesh)
-    self._network = dataclasses.replace(network, dtype="float32")
+    self._network = in_float32(network)
     self._source, self._batch_size, self._mesh = source, batch_size, mesh
     self._key = jax.random.fold_in(
       jax.random.key(seed), zlib.crc32(b"evaluation")
@@ -97,13 +137,16 @@ class Evaluator:
     self._attack = config_lib.build(ATTACKS, attack)
     self._judge = jax.jit(self._verdicts)
 
-  def __call__(self, variables: Variables, what: str = "") -> Verdicts:
-    """The verdicts on the whole source; `what` names the work in a progress line."""
+  def __call__(self, variables: Variables, what: str = "", times: float = 1.0) -> Verdicts:
+    """The verdicts on the whole source, with so many times the attack's radius and steps of so many times its size.
+
+    `what` names the work in a progress line.
+    """
     logits_fn = bind(self._network, variables)
     found, shown = [], {}
     with ProgressReport(what or "image", len(self._source), quiet=not what) as progress:
       for batch in pipeline.eval_batches(self._source, self._batch_size, self._mesh):
-        judged = self._judge(logits_fn, batch)
+        judged = self._judge(logits_fn, batch, times)
         found.append(parallel.gather_to_host({name: judged[name] for name in ("clean", "robust", "mask")}))
         shown = shown or parallel.gather_to_host(judged | {name: batch[name] for name in ("image", "label")})
         progress.update(min(len(found) * self._batch_size, len(self._source)))
@@ -112,10 +155,13 @@ class Evaluator:
     shown = {name: values[shown["mask"]] for name, values in shown.items()}
     return Verdicts(clean, robust, shown | {"image": shown["image"] / np.float32(255)})
 
-  def _verdicts(self, logits_fn: LogitsFn, batch) -> dict[str, jax.Array]:
+  def _verdicts(self, logits_fn: LogitsFn, batch, times) -> dict[str, jax.Array]:
+    attack = dataclasses.replace(
+      self._attack, radius=times * self._attack.radius, step_size=times * self._attack.step_size
+    )
     with jax.default_matmul_precision("highest"):
       x = to_unit(batch["image"])
-      found = accuracy.verdicts(logits_fn, self._attack, x, batch["label"], batch["id"], self._key)
+      found = accuracy.verdicts(logits_fn, attack, x, batch["label"], batch["id"], self._key)
     return found | {"mask": batch["mask"]}
 
 

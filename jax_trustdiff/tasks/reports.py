@@ -60,6 +60,79 @@ def classifier_report(
   )
 
 
+def robustness_report(
+  config, workdir: Workdir, class_names, source, result, pgd, curve, entry, metrics
+) -> None:
+  """Bars after every attack, accuracy against radius, the images that withstood longest, and report.html."""
+  folder = workdir / "report"
+  folder.mkdir(exist_ok=True)
+  count, section = len(source), config.attack
+  accuracies = {"clean": result.clean, pgd: None} | result.after
+  values = {
+    name: metrics[f"{pgd}_accuracy"] if flags is None else float(flags.mean())
+    for name, flags in accuracies.items()
+  }
+  bounds = {name: statistics.binomial_interval(round(v * count), count) for name, v in values.items()}
+  report.bars(
+    {name: {"accuracy": value} for name, value in values.items()},
+    folder / "attacks.png",
+    ylabel="accuracy",
+    intervals={name: {"accuracy": interval} for name, interval in bounds.items()},
+  )
+  curves = {pgd: ([times * config.eval.attack.radius for times in curve], list(curve.values()))}
+  curves["AutoAttack" if result.standard else "all attacks"] = (
+    [section.radius],
+    [metrics["autoattack_accuracy"]],
+  )
+  report.accuracy_curves(curves, folder / "radius.png", xlabel=f"radius ({section.norm})")
+  figures = [
+    (folder / "attacks.png", "Accuracy that is left after each attack in turn, with 95 % intervals"),
+    (folder / "radius.png", "Accuracy against radius"),
+  ]
+  order = np.lexsort((result.when, result.broken_by))[::-1]
+  hardest = order[result.broken_by[order] >= 0][: config.report.num_images]
+  if len(hardest):
+    x = source.take(hardest)["image"] / np.float32(255)
+    caption = report.adversarial_grid(
+      x,
+      result.x_adv[hardest],
+      folder / "hardest_images.png",
+      labels=source.labels[hardest],
+      predictions=source.labels[hardest],
+      adversarial_predictions=result.prediction[hardest],
+      class_names=class_names,
+    )
+    figures.append((folder / "hardest_images.png", f"The images that were broken last. {caption}"))
+  rows = [[name, f"{values[name]:.2%}", f"{low:.2%} to {high:.2%}"] for name, (low, high) in bounds.items()]
+  tables = [("Accuracy left, with 95 % Clopper-Pearson intervals", ["after", "accuracy", "interval"], rows)]
+  if entry is not None:
+    theirs = [
+      [
+        name,
+        f"{metrics[f'leaderboard/{name}_accuracy']:.2%}",
+        f"{metrics[f'leaderboard/{name}_difference']:+.2%}",
+      ]
+      for name in ("clean", "autoattack")
+    ]
+    tables.append((f"Beside {entry['id']}", ["accuracy", "leaderboard", "ours less theirs"], theirs))
+  if result.warnings:
+    tables.append(("Warnings", ["what the checks found"], [[line] for line in result.warnings]))
+  name = "AutoAttack" if result.standard else "a selection of attacks, which is not AutoAttack"
+  report.html_report(
+    folder / "report.html",
+    title=f"Robust accuracy, {section.norm} {section.radius:.4g}",
+    summary=(
+      f"{metrics['clean_accuracy']:.2%} of {count:,} images are classified right, "
+      f"{metrics['autoattack_accuracy']:.2%} still under {name} ({section.version})."
+    ),
+    metrics=metrics,
+    figures=figures,
+    tables=tables,
+    config_text=config_lib.to_json(config),
+    info=workdir.information(),
+  )
+
+
 def sample_grid(images: np.ndarray, path: pathlib.Path) -> None:
   """PNG of uint8 samples [n h w c], row by row."""
   path.parent.mkdir(exist_ok=True)

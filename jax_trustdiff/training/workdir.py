@@ -34,6 +34,7 @@ class Workdir:
     self._config = config
     self._parent = parent
     self._lock = None
+    self._records: dict[str, Any] = {}
     self._started = time.monotonic()
     self._seconds_before = 0.0
 
@@ -148,10 +149,14 @@ class Workdir:
       "seconds": round(self._seconds(), 1),
     }
 
+  def record(self, name: str, value: Any) -> None:
+    """Puts JSON beside the metrics of result.json: what has more than one number for a name."""
+    self._records[name] = value
+
   def write_result(self, metrics: Mapping[str, Any]) -> None:
-    """result.json: `information` and the flat dict `metrics`."""
+    """result.json: `information`, the flat dict `metrics`, and what was recorded."""
     if parallel.is_main_process():
-      result = self.information() | {"metrics": dict(metrics)}
+      result = self.information() | {"metrics": dict(metrics)} | self._records
       write_atomically(self / "result.json", json.dumps(result, indent=2) + "\n")
 
   def _seconds(self) -> float:
