@@ -81,6 +81,9 @@ class RandomizedLogitsFn(Protocol):
     """The classifier with its draws fixed by `key`: one for the batch, or one for each image [b]."""
 
 
+AnyLogitsFn = LogitsFn | RandomizedLogitsFn
+
+
 @runtime_checkable
 class DiffusionNetwork(Protocol):
   """The raw network F of a diffusion model: pure functions of explicit variables."""

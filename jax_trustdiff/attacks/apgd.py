@@ -16,7 +16,14 @@ import numpy as np
 from jax_trustdiff.attacks import norms
 from jax_trustdiff.attacks.losses import LOSSES, TARGETED_LOSSES
 from jax_trustdiff.attacks.runs import DRAWS, NEVER, AttackOfRuns, Found, fixed, per_image, rank_target
-from jax_trustdiff.types import Image, InputError, KeyOrKeys, Labels, LogitsFn, RandomizedLogitsFn, Unit
+from jax_trustdiff.types import (
+  AnyLogitsFn,
+  Image,
+  InputError,
+  KeyOrKeys,
+  Labels,
+  Unit,
+)
 
 TINY = 1e-12
 MOMENTUM = 0.75  # alpha of algorithm 1, in all steps but the first
@@ -94,7 +101,7 @@ class APGD(AttackOfRuns):
     del num_classes
     return 3 * self.num_draws * self.num_gradients
 
-  def run(self, logits_fn: LogitsFn, x: Unit, y: Labels, key: KeyOrKeys, index) -> Found:
+  def run(self, logits_fn: AnyLogitsFn, x: Unit, y: Labels, key: KeyOrKeys, index) -> Found:
     x = norms.full_precision(x)
     draw = norms.uniform_like(key, x, -1.0, 1.0) if self.norm == "linf" else norms.normal_like(key, x)
     target = None
@@ -105,7 +112,7 @@ class APGD(AttackOfRuns):
 
   def ascend(
     self,
-    logits_fn: LogitsFn | RandomizedLogitsFn,
+    logits_fn: AnyLogitsFn,
     x: Unit,
     y: Labels,
     noise: Image,

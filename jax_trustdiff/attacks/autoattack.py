@@ -22,7 +22,7 @@ from jax_trustdiff.attacks.apgd import APGD
 from jax_trustdiff.attacks.fab import FAB
 from jax_trustdiff.attacks.runs import NEVER, AttackOfRuns, fixed
 from jax_trustdiff.attacks.square import Square
-from jax_trustdiff.types import InputError, LogitsFn, RandomizedLogitsFn, RunError
+from jax_trustdiff.types import AnyLogitsFn, InputError, RandomizedLogitsFn, RunError
 
 STANDARD = ("standard", "plus", "rand")
 VERSIONS = (*STANDARD, "rapid")
@@ -186,13 +186,13 @@ class AutoAttack:
 
   def __call__(
     self,
-    logits_fn: LogitsFn | RandomizedLogitsFn,
+    logits_fn: AnyLogitsFn,
     x: np.ndarray,
     y: np.ndarray,
     key: jax.Array,
     *,
     ids: np.ndarray | None = None,
-    attack_fn: LogitsFn | RandomizedLogitsFn | None = None,
+    attack_fn: AnyLogitsFn | None = None,
     journal: Journal | None = None,
     progress: Callable[[Advance], None] | None = None,
   ) -> Result:
@@ -449,7 +449,8 @@ def _predict(logits_fn, scalars, batch):
   key, number = scalars
   keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch["id"])
   with jax.default_matmul_precision("highest"):
-    return norms.full_precision(fixed(logits_fn, keys, number)(batch["x"]))
+    logits = fixed(logits_fn, keys, number)(batch["x"])
+  return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def _checked(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jax_trustdiff.attacks import norms
 from jax_trustdiff.attacks.runs import NEVER, AttackOfRuns, Found, fixed, per_image, rank_target
-from jax_trustdiff.types import Image, KeyOrKeys, Labels, LogitsFn, PerExample, Unit
+from jax_trustdiff.types import AnyLogitsFn, Image, KeyOrKeys, Labels, LogitsFn, PerExample, Unit
 
 DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 UNBROKEN = 1e10  # the distance of an image that no step has broken
@@ -42,15 +42,18 @@ class FAB(AttackOfRuns):
   are runs, the likeliest at the image first; at most the number of classes less one are used. Without targets a step
   needs as many backward passes as there are classes.
   restarts: of each; the first one begins at the image and draws nothing.
+  final_steps: halvings of the way between the image and the nearest point that was found (the final search of section 3.2, by
+  bisection): without, as in AutoAttack, the overshoot leaves distances half a percent too large. 16 find them to 1e-4.
   """
 
   num_steps: int = 100
   num_targets: int = 9
   restarts: int = 1
+  final_steps: int = 0
 
   def __post_init__(self):
     super().__post_init__()
-    for name, low in (("num_steps", 1), ("num_targets", 0), ("restarts", 1)):
+    for name, low in (("num_steps", 1), ("num_targets", 0), ("restarts", 1), ("final_steps", 0)):
       norms.check_range(f"attack {name}", getattr(self, name), low)
 
   def num_runs(self, num_classes: int) -> int:
@@ -61,13 +64,13 @@ class FAB(AttackOfRuns):
     return self.num_steps
 
   def cost(self, num_classes: int) -> int:
-    return self.num_steps * (4 if self.num_targets else 2 + 2 * num_classes)
+    return self.num_steps * (4 if self.num_targets else 2 + 2 * num_classes) + self.final_steps
 
-  def run(self, logits_fn: LogitsFn, x: Unit, y: Labels, key: KeyOrKeys, index) -> Found:
+  def run(self, logits_fn: AnyLogitsFn, x: Unit, y: Labels, key: KeyOrKeys, index) -> Found:
     found = self.minimum(logits_fn, x, y, key, index)
     return Found(found.x_adv, found.when, found.flat)
 
-  def minimum(self, logits_fn: LogitsFn, x: Unit, y: Labels, key: KeyOrKeys, index=0) -> Minimum:
+  def minimum(self, logits_fn: AnyLogitsFn, x: Unit, y: Labels, key: KeyOrKeys, index=0) -> Minimum:
     """The nearest misclassified point of one run, at any distance."""
     x = norms.full_precision(x)
     logits_fn = fixed(logits_fn, key, 0)
@@ -94,7 +97,25 @@ class FAB(AttackOfRuns):
 
     none = jnp.full(x.shape[:1], NEVER, jnp.int32)
     begin = Minimum(x, jnp.full(x.shape[:1], UNBROKEN, x.dtype), none, jnp.zeros_like(none))
-    return jax.lax.fori_loop(0, self.num_steps, step, (start, begin))[1]
+    best = jax.lax.fori_loop(0, self.num_steps, step, (start, begin))[1]
+    return self._search(logits_fn, x, y, best) if self.final_steps else best
+
+  def _search(self, logits_fn: LogitsFn, x: Unit, y: Labels, best: Minimum) -> Minimum:
+    """The misclassified point nearest to the image on the way to that of `best`."""
+
+    def halve(_, state):
+      low, high = state
+      middle = (low + high) / 2
+      broken = logits_fn(x + per_image(middle) * (best.x_adv - x)).argmax(axis=1) != y
+      return jnp.where(broken, low, middle), jnp.where(broken, middle, high)
+
+    ends = jnp.zeros_like(best.distance), jnp.ones_like(best.distance)
+    high = jax.lax.fori_loop(0, self.final_steps, halve, ends)[1]
+    x_adv = jnp.where(per_image(high < 1), x + per_image(high) * (best.x_adv - x), best.x_adv)
+    found = best.distance < UNBROKEN
+    distance = jnp.where(found, norms.lengths(x_adv - x, self.norm), UNBROKEN)
+    last = jnp.where(found & (distance <= self.radius), 2 * self.num_steps + self.final_steps, NEVER)
+    return best._replace(x_adv=x_adv, distance=distance, when=jnp.where(best.when == NEVER, last, best.when))
 
   def _random_start(self, x: Unit, key: KeyOrKeys) -> Unit:
     """A point half the radius away."""

@@ -13,7 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jax_trustdiff.attacks import norms
-from jax_trustdiff.types import InputError, KeyOrKeys, Labels, Logits, LogitsFn, RandomizedLogitsFn, Unit
+from jax_trustdiff.types import (
+  AnyLogitsFn,
+  InputError,
+  KeyOrKeys,
+  Labels,
+  Logits,
+  LogitsFn,
+  RandomizedLogitsFn,
+  Unit,
+)
 
 NEVER = -1
 DRAWS = 2**30  # folded into a key, it gives that of the classifier's draws; attacks use smaller numbers
@@ -53,14 +62,14 @@ class AttackOfRuns(abc.ABC):
 
   @abc.abstractmethod
   def run(
-    self, logits_fn: LogitsFn, x: Unit, y: Labels, key: KeyOrKeys, index: int | Int[Array, ""]
+    self, logits_fn: AnyLogitsFn, x: Unit, y: Labels, key: KeyOrKeys, index: int | Int[Array, ""]
   ) -> Found:
     """The run `index`, an integer below `num_runs` that may be traced. Images should be classified right.
 
     key: one for the batch, or one for each image, which makes a run of an image independent of the batch it is in.
     """
 
-  def __call__(self, logits_fn: LogitsFn, x: Unit, y: Labels, key: KeyOrKeys) -> Unit:
+  def __call__(self, logits_fn: AnyLogitsFn, x: Unit, y: Labels, key: KeyOrKeys) -> Unit:
     """Adversarial images for `x` in float32: of the first run that breaks an image, or `x` where none does.
 
     Run r draws from fold_in(key, r). Images that are misclassified from the beginning stay as they are.
@@ -79,9 +88,7 @@ class AttackOfRuns(abc.ABC):
     return jax.lax.stop_gradient(found)
 
 
-def fixed(
-  logits_fn: LogitsFn | RandomizedLogitsFn, key: KeyOrKeys | None, number: int | Int[Array, ""]
-) -> LogitsFn:
+def fixed(logits_fn: AnyLogitsFn, key: KeyOrKeys | None, number: int | Int[Array, ""]) -> LogitsFn:
   """The classifier itself, or one that draws, with the draws of this number; InputError if that has no key."""
   if isinstance(logits_fn, RandomizedLogitsFn):
     if key is None:

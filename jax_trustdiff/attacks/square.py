@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_trustdiff.attacks import norms
 from jax_trustdiff.attacks.losses import margin_unclipped
 from jax_trustdiff.attacks.runs import NEVER, AttackOfRuns, Found, fixed, per_image
-from jax_trustdiff.types import Image, InputError, KeyOrKeys, Labels, LogitsFn, Unit
+from jax_trustdiff.types import AnyLogitsFn, Image, InputError, KeyOrKeys, Labels, LogitsFn, Unit
 
 TINY = 1e-12
 TILES = 5  # of the start in L2 and L1, along the shorter side
@@ -95,7 +95,7 @@ class Square(AttackOfRuns):
     del num_classes
     return self.num_steps
 
-  def run(self, logits_fn: LogitsFn, x: Unit, y: Labels, key: KeyOrKeys, index) -> Found:
+  def run(self, logits_fn: AnyLogitsFn, x: Unit, y: Labels, key: KeyOrKeys, index) -> Found:
     del index  # in the key
     x = norms.full_precision(x)
     found = self.search(fixed(logits_fn, key, 0), x, y, KeyedDraws(key, x.shape, x.dtype))
