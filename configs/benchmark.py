@@ -14,7 +14,10 @@ beside a lax.scan written by hand for it (sampler_beside_scan/ratio is to be at 
 sampler_gpu: the same with the DDPM++ of the paper (55.7 million), bfloat16, batch 256: for an accelerator.
 edm_train: a training step of that U-Net, with augmentation and without: EDM loss, Adam, parameter average. Minutes.
 edm_train_gpu: the same with the DDPM++ of the paper, bfloat16, batch 256: for an accelerator.
-smoke: seconds, with each of them: at_step, 'sampler,smoke', 'edm_train,smoke'.
+autoattack: standard AutoAttack (benchmark.graph: a classifier as an .npz graph; benchmark.data_path: CIFAR-10 as .npz files) on
+512 images, Linf 2/255, beside the package pyautoattack if the peer has it. Minutes.
+autoattack_gpu: a WRN-28-10 with fresh weights, a radius at which nothing breaks, 512 random images: for an accelerator.
+smoke: seconds, with each of them: at_step, 'autoattack,smoke', 'sampler,smoke', 'edm_train,smoke'.
 
 On a GPU both programs share its memory, of which jax takes three quarters when it starts unless told otherwise:
 XLA_PYTHON_CLIENT_PREALLOCATE=false python -m jax_trustdiff.main --config=configs/benchmark.py:wrn28_10
@@ -25,7 +28,10 @@ from ml_collections import ConfigDict
 from jax_trustdiff import config as config_lib
 from jax_trustdiff.types import InputError
 
-VARIANTS = ("at_step", "wrn28_10", "sampler", "sampler_gpu", "edm_train", "edm_train_gpu", "smoke")
+VARIANTS = (
+  *("at_step", "wrn28_10", "autoattack", "autoattack_gpu", "sampler", "sampler_gpu", "edm_train"),
+  *("edm_train_gpu", "smoke"),
+)
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -42,6 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
   config.benchmark = {
     "at_step": _at_step,
     "wrn28_10": _at_step,
+    "autoattack": _autoattack,
     "sampler": _sampler,
     "edm_train": _edm_train,
   }[name]()
@@ -49,12 +56,18 @@ def get_config(variant: str = "") -> ConfigDict:
     config.benchmark.update(
       depth=28, width=10, batch_size=512, dtype="bfloat16", steps_per_round=5, cliff=0
     )
-  if chosen[0].endswith("_gpu"):
+  if chosen[0] == "autoattack_gpu":
+    config.benchmark.update(depth=28, width=10, radius=1e-6, batch_size=512)
+  elif chosen[0].endswith("_gpu"):
     config.benchmark.update(
       model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, dtype="bfloat16", batch_size=256
     )
   if "smoke" in names and config.benchmark.name == "at_step":
     config.benchmark.update(depth=10, width=1, batch_size=8, num_steps=2, rounds=2, cliff=2)
+  elif "smoke" in names and name == "autoattack":
+    config.benchmark.update(
+      depth=10, width=1, num_images=4, radius=0.5, batch_size=4, rounds=1, version="rapid"
+    )
   elif "smoke" in names:
     config.benchmark.update(
       image_size=8,
@@ -81,6 +94,23 @@ def _at_step():
     steps_per_round=1,
     peer_python="",  # an interpreter with torch; '': this one, if it has torch
     cliff=16,  # images whose gradient convolutions are measured inside and outside a loop; 0: none
+  )
+
+
+def _autoattack():
+  return dict(
+    name="autoattack",
+    graph="",  # '': a WideResNet of this depth and width
+    depth=16,
+    width=1,
+    data_path="",
+    num_images=512,
+    norm="linf",
+    radius=2 / 255,
+    version="standard",
+    batch_size=128,
+    rounds=2,
+    peer_python="",
   )
 
 

@@ -110,25 +110,29 @@ def peer_device() -> dict[str, str | int]:
   }
 
 
-def peer_python_with_torch(peer_python: str) -> str | None:
-  """The interpreter that runs the torch peer, None if there is no torch here and none was named."""
+def peer_python_with_torch(peer_python: str, *packages: str) -> str | None:
+  """The interpreter that runs the torch peer, None if torch or one of `packages` is not here and no interpreter was named."""
+  needed = ("torch", *packages)
   if not peer_python:
-    return sys.executable if importlib.util.find_spec("torch") else None
+    return sys.executable if all(map(importlib.util.find_spec, needed)) else None
   found = shutil.which(peer_python)
-  if found is None or subprocess.run([found, "-c", "import torch"], capture_output=True).returncode:
-    raise InputError(f"benchmark.peer_python={peer_python!r} is not a Python with torch")
+  command = f"import {', '.join(needed)}"
+  if found is None or subprocess.run([found, "-c", command], capture_output=True).returncode:
+    raise InputError(f"benchmark.peer_python={peer_python!r} is not a Python with {' and '.join(needed)}")
   return found
 
 
 @contextlib.contextmanager
-def peer(python: str | None, settings: dict, script: str) -> Iterator[Callable[[int], float] | None]:
-  """The torch program `script` as a function n -> seconds of n repetitions, warm; None without torch.
+def peer(
+  python: str | None, settings: dict, script: str, warm_ups: int = 2, answers: list[dict] | None = None
+) -> Iterator[Callable[[int], float] | None]:
+  """The torch program `script` as a function n -> seconds of n repetitions, warm; None without an interpreter for it.
 
-  script: a file of this folder that reads settings and numbers of repetitions, as `torch_peer.py` says. RunError if it
-  dies.
+  script: a file of this folder that reads settings and numbers of repetitions, as `torch_peer.py` says. answers: takes
+  all that it answers. RunError if it dies.
   """
   if python is None:
-    say("torch is not installed: no peer to compare with")
+    say("torch, or what else the peer needs, is not installed: nothing to compare with")
     yield None
     return
   if jax.default_backend() == "gpu" and os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "") not in (
@@ -157,7 +161,14 @@ def peer(python: str | None, settings: dict, script: str) -> Iterator[Callable[[
 
     ready = ask(json.dumps(settings))
     say(f"peer: torch {ready['ready']}, {ready['parameters']:,} parameters")
-    for _ in range(2):
+    for _ in range(warm_ups):
       ask("1")
-    yield lambda count: ask(str(count))["seconds"]
+
+    def program(count: int) -> float:
+      answer = ask(str(count))
+      if answers is not None:
+        answers.append(answer)
+      return answer["seconds"]
+
+    yield program
     process.stdin.close()

@@ -1,0 +1,94 @@
+"""AutoAttack beside the package pyautoattack: the same network, images and threat model, in one run."""
+
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jax_trustdiff.attacks.autoattack import AutoAttack
+from jax_trustdiff.data import records, sources
+from jax_trustdiff.interop import graph_npz
+from jax_trustdiff.models.registry import MODELS, bind
+from jax_trustdiff.tasks import benchmark_tools as tools
+from jax_trustdiff.training.progress import say
+from jax_trustdiff.training.workdir import Workdir
+from jax_trustdiff.types import InputError, to_unit
+
+
+def autoattack(
+  graph: str,
+  depth: int,
+  width: int,
+  data_path: str,
+  num_images: int,
+  norm: str,
+  radius: float,
+  version: str,
+  batch_size: int,
+  rounds: int,
+  peer_python: str,
+) -> Callable[[Workdir], dict[str, float]]:
+  """Seconds of an evaluation, ours and the peer's in turns, and the images that are left.
+
+  graph: a classifier as an .npz file; '': a WideResNet of `depth` and `width` with fresh weights, each program its own, and labels
+  that are its predictions: with a radius near 0 nothing breaks, and every image costs the whole of every attack.
+  data_path: a folder of .npz files with test images; '': random ones. InputError if `peer_python` has no torch or no pyautoattack.
+  """
+  python = tools.peer_python_with_torch(peer_python, "pyautoattack")
+  if graph:
+    network, variables = graph_npz.load_graph(pathlib.Path(graph).expanduser())
+  else:
+    network = MODELS["wide_resnet"](depth=depth, width=width, mean=(0.47,), std=(0.25,))
+    variables = jax.jit(network.init)(jax.random.key(0))
+  if data_path:
+    source = records.limit(sources.npz(data_path, network.num_classes, split="test"), num_images)
+    x, y = np.asarray(to_unit(np.asarray(source.images)), np.float32), source.labels
+  elif graph:
+    raise InputError("benchmark.graph needs benchmark.data_path, a folder of .npz files with test images")
+  else:
+    x = np.random.RandomState(0).uniform(size=(num_images, *network.image_shape)).astype(np.float32)
+    y = np.zeros(num_images, np.int32)
+
+  def measure(workdir: Workdir) -> dict[str, float]:
+    attack = AutoAttack(norm, radius, version, chunk_size=batch_size, warn=say)
+    classifier = bind(network, variables)
+    labels = y
+    if not graph:
+      key, ids = jax.random.key(0), np.arange(len(x))
+      labels = attack.logits(jax.device_put(classifier), x, ids, key).argmax(1)
+    left = {}
+
+    def ours(count: int) -> float:
+      start = time.perf_counter()
+      for _ in range(count):
+        left["ours"] = attack(classifier, x, labels, jax.random.key(0)).robust
+      return time.perf_counter() - start
+
+    first = ours(1)
+    say(f"first evaluation, with compilation: {first:.1f} s")
+    with tempfile.TemporaryDirectory() as folder:
+      images = pathlib.Path(folder) / "images.npz"
+      np.savez(images, x=x, y=labels)
+      settings = dict(
+        graph=graph and str(pathlib.Path(graph).expanduser().absolute()), depth=depth, width=width
+      )
+      settings |= dict(norm=norm, radius=radius, version=version, batch_size=batch_size, images=str(images))
+      answers = []
+      with tools.peer(
+        python, settings | tools.peer_device(), "torch_peer_autoattack.py", warm_ups=0, answers=answers
+      ) as theirs:
+        seconds = tools.in_turns({"ours": ours, "torch": theirs}, rounds, 1)
+    figures = {"num_images": len(x), "robust": int(left["ours"].sum())}
+    figures |= {"seconds": float(np.median(seconds["ours"])), "first_seconds": first}
+    figures["images_per_second"] = len(x) / figures["seconds"]
+    if answers:
+      theirs_left = np.array(answers[-1]["robust"])
+      figures |= {"torch_robust": int(theirs_left.sum()), "torch_seconds": float(np.median(seconds["torch"]))}
+      figures["verdicts_that_differ"] = int((theirs_left != left["ours"]).sum())
+      figures |= tools.ratio_figures("autoattack", seconds["ours"], seconds["torch"])
+    return figures
+
+  return measure
