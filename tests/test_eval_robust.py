@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import shared_dir
 
 from jax_trustdiff import main as main_lib
+from jax_trustdiff.attacks.autoattack import AutoAttack
+from jax_trustdiff.data.sources import SOURCES
 from jax_trustdiff.interop import export, graph_npz, pretrained, robustbench
 from jax_trustdiff.models.registry import bind
 from jax_trustdiff.types import InputError
@@ -187,6 +190,20 @@ def test_the_published_leaderboard():
   path = shared_dir("data", "robustbench", "leaderboards.json")
   found = robustbench.entry(path, "cifar10", "Linf", "Wang2023Better_WRN-28-10")
   assert (float(found["clean_acc"]), float(found["autoattack_acc"])) == (92.44, 67.31)
+
+
+@pytest.mark.slow
+def test_a_published_accuracy_on_the_full_test_set(tmp_path):
+  """The VNN-COMP network trained at 2/255: 69.25 % of CIFAR-10, to the image."""
+  folder = shared_dir("data", "cifar10")
+  command = [sys.executable, str(folder / "unpack.py"), str(tmp_path)]
+  subprocess.run(command, check=True, capture_output=True)
+  source = SOURCES["npz"](str(tmp_path), split="test")
+  classifier = bind(*graph_npz.load_graph(shared_dir("data", "cifar10_robust_nets", "resnet2b_at_eps2.npz")))
+  attack = AutoAttack(chunk_size=500)
+  x = np.asarray(source.images, np.float32) / 255
+  logits = attack.logits(classifier, x, source.ids, jax.random.key(0))
+  assert int((logits.argmax(1) == source.labels).sum()) == 6925
 
 
 @pytest.mark.parametrize(

@@ -188,8 +188,8 @@ class AutoAttack:
   def __call__(
     self,
     logits_fn: AnyLogitsFn,
-    x: np.ndarray,
-    y: np.ndarray,
+    x: np.ndarray | jax.Array,
+    y: np.ndarray | jax.Array,
     key: jax.Array,
     *,
     ids: np.ndarray | None = None,
@@ -465,7 +465,7 @@ def _predict(logits_fn, scalars, batch):
   return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
-def _checked(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _checked(x: np.ndarray | jax.Array, y: np.ndarray | jax.Array) -> tuple[np.ndarray, np.ndarray]:
   """float32 images and int32 labels."""
   x, y = np.asarray(x), np.asarray(y)
   if x.ndim != 4 or not np.issubdtype(x.dtype, np.floating) or not len(x):
