@@ -44,7 +44,7 @@ SECTIONS = {
     "jax_trustdiff.training.optimizers:ALL_SCHEDULES",
     ("num_epochs", "steps_per_epoch", "batch_size"),
   ),
-  "eval.*attack": ("jax_trustdiff.attacks.pgd:ATTACKS", ()),
+  "eval.*attack": ("jax_trustdiff.attacks.registry:ATTACKS", ()),
 }
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 # In an installed wheel the recipes lie inside the package; in a checkout beside it.

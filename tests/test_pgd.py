@@ -8,7 +8,8 @@ from conftest import shared_dir
 from reference_nets import load_graph
 
 from jax_trustdiff.attacks import losses, norms
-from jax_trustdiff.attacks.pgd import ATTACKS, PGD, fgsm
+from jax_trustdiff.attacks.pgd import PGD, fgsm
+from jax_trustdiff.attacks.registry import ATTACKS
 from jax_trustdiff.types import InputError
 
 SHAPE = (4, 4, 1)

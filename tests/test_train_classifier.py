@@ -9,7 +9,7 @@ import pytest
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
-from jax_trustdiff.attacks.pgd import ATTACKS
+from jax_trustdiff.attacks.registry import ATTACKS
 from jax_trustdiff.data.augment import AUGMENTATIONS
 from jax_trustdiff.data.sources import SOURCES
 from jax_trustdiff.interop import export

@@ -141,6 +141,3 @@ def fgsm(norm: str = "linf", radius: norms.Scalar = 8 / 255, loss: str = "ce") -
   In another `norm` the one step from x has the length of the radius in it.
   """
   return PGD(norm, radius, step_size=radius, num_steps=1, loss=loss, random_start=False)
-
-
-ATTACKS = {"pgd": PGD, "fgsm": fgsm}

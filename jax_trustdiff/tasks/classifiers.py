@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
-from jax_trustdiff.attacks.pgd import ATTACKS
+from jax_trustdiff.attacks.registry import ATTACKS
 from jax_trustdiff.data import pipeline, records, sources
 from jax_trustdiff.evaluation import accuracy
 from jax_trustdiff.interop import export, graph_npz, pretrained
@@ -156,8 +156,9 @@ class Evaluator:
     return Verdicts(clean, robust, shown | {"image": shown["image"] / np.float32(255)})
 
   def _verdicts(self, logits_fn: LogitsFn, batch, times) -> dict[str, jax.Array]:
+    lengths = [name for name in ("radius", "step_size") if hasattr(self._attack, name)]
     attack = dataclasses.replace(
-      self._attack, radius=times * self._attack.radius, step_size=times * self._attack.step_size
+      self._attack, **{name: times * getattr(self._attack, name) for name in lengths}
     )
     with jax.default_matmul_precision("highest"):
       x = to_unit(batch["image"])
