@@ -53,9 +53,7 @@ def get_config(variant: str = "") -> ConfigDict:
     "edm_train": _edm_train,
   }[name]()
   if name == "wrn28_10":
-    config.benchmark.update(
-      depth=28, width=10, batch_size=512, dtype="bfloat16", steps_per_round=5, cliff=0
-    )
+    config.benchmark.update(depth=28, width=10, batch_size=512, dtype="bfloat16", steps_per_round=5, cliff=0)
   if chosen[0] == "autoattack_gpu":
     config.benchmark.update(depth=28, width=10, radius=1e-6, batch_size=512)
   elif chosen[0].endswith("_gpu"):
