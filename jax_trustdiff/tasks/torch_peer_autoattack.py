@@ -87,6 +87,7 @@ class Peer:
       out, sys.stdout = sys.stdout, quiet
       try:
         x_adv = attack.run_standard_evaluation(self.x, self.y, batch_size=s["batch_size"])
+        x_adv = x_adv[0] if isinstance(x_adv, tuple) else x_adv  # images, then labels
       finally:
         sys.stdout = out
     with torch.no_grad():
