@@ -1,6 +1,7 @@
 """AutoAttack: schedules, projections, worlds with known answers, and results that depend on nothing but the images."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
@@ -483,8 +484,11 @@ def test_bad_settings():
 # ---- real images ----
 
 
+LONG = pytest.mark.skipif(not os.environ.get("TRUSTDIFF_LONG"), reason="two minutes: set TRUSTDIFF_LONG=1")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=LONG)])
 def test_counts_on_a_robust_network_are_those_of_the_original(norm):
   """Independent draws: the standard count within 1 of 128, as the reference's README says."""
   folder = shared_dir("golden", "autoattack")

@@ -64,6 +64,7 @@ def compare(reference, norm, attack, robust):
   assert 0 < expected.sum() < (margins_clean := len(expected)), margins_clean
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
 def test_apgd(world, norm, loss):
@@ -83,6 +84,7 @@ def test_apgd(world, norm, loss):
     np.testing.assert_allclose(trace.best_loss, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_apgd_t(world, norm):
   logits_fn, reference, x, y = world
@@ -100,6 +102,7 @@ def test_apgd_t(world, norm):
   compare(reference, norm, "apgd_t", robust)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_fab_t(world, norm):
   logits_fn, reference, x, y = world
@@ -184,6 +187,7 @@ def recorded(reference, norm, count, steps):
   return Recorded(empty, Draws(np.array(corners), np.array(turned), np.array(signs)), tiles)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_square(world, norm):
   logits_fn, reference, x, y = world

@@ -9,7 +9,14 @@ from typing import Any
 import jax
 
 from jax_trustdiff.interop import safetensors_io
-from jax_trustdiff.models.registry import DIFFUSION_NETWORKS, NETWORKS, NOISE_CLASSIFIERS, Network, bind
+from jax_trustdiff.models.registry import (
+  DIFFUSION_NETWORKS,
+  GRAPHS,
+  NETWORKS,
+  NOISE_CLASSIFIERS,
+  Network,
+  bind,
+)
 from jax_trustdiff.types import InputError, LogitsFn, Variables
 
 FORMAT = 1
@@ -94,10 +101,11 @@ def read_description(directory: str | os.PathLike) -> dict[str, Any]:
 def _build(file: pathlib.Path, section: Mapping[str, Any]) -> Network:
   arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in section.items()}
   name = arguments.pop("name", None)
-  if name not in NETWORKS:
-    raise InputError(f"{file}: unknown model {name!r}; known: {', '.join(sorted(NETWORKS))}")
+  known = NETWORKS | GRAPHS
+  if name not in known:
+    raise InputError(f"{file}: unknown model {name!r}; known: {', '.join(sorted(known))}")
   try:
-    return NETWORKS[name](**arguments)
+    return known[name](**arguments)
   except (InputError, TypeError) as error:
     raise InputError(f"{file}: {error}") from None
 

@@ -55,7 +55,7 @@ class GraphClassifier:
     """Images in [0, 1] -> logits in float32."""
     graph, dtype = json.loads(self.graph), jnp.dtype(self.dtype)
     mean, std = (np.asarray(graph["norm"][name], np.float32) for name in ("mean", "std"))
-    values = {name: value.astype(dtype) for name, value in variables["params"].items()}
+    values = {name: jnp.asarray(value, dtype) for name, value in variables["params"].items()}
     values[graph["input"]] = ((x - mean) / std).astype(dtype)
     for node in graph["nodes"]:
       values[node["outputs"][0]] = _run(node, [values[name] for name in node["inputs"] if name in values])

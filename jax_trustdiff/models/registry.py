@@ -22,7 +22,7 @@ from jax_trustdiff.types import (
   Variables,
 )
 
-MODELS = {"wide_resnet": WideResNet, "preact_resnet": PreActResNet, "graph": GraphClassifier}
+MODELS = {"wide_resnet": WideResNet, "preact_resnet": PreActResNet}
 DIFFUSION_NETWORKS = {
   "ddpmpp": edm_unet.ddpmpp,
   "ncsnpp": edm_unet.ncsnpp,
@@ -30,7 +30,8 @@ DIFFUSION_NETWORKS = {
   "uvit": uvit.uvit,
 }
 NOISE_CLASSIFIERS = {"noise_classifier": NoiseClassifier}
-NETWORKS = MODELS | DIFFUSION_NETWORKS | NOISE_CLASSIFIERS
+NETWORKS = MODELS | DIFFUSION_NETWORKS | NOISE_CLASSIFIERS  # what a config can ask for
+GRAPHS = {"graph": GraphClassifier}  # what only a file describes
 Network = Classifier | DiffusionNetwork | NoiseConditionalClassifier
 
 

@@ -120,11 +120,11 @@ def _run_autoattack(config, workdir, attack, network, variables, source) -> auto
   fast = bind(network, variables) if config.eval.fast_attack else None
   journal = FolderJournal(workdir / JOURNAL)
   x = np.asarray(to_unit(np.asarray(source.images)), np.float32)
-  with ProgressReport("evaluation", 1000) as progress:
+  with ProgressReport("image", len(x)) as progress:  # of the work on all of them
 
     def advance(seen: autoattack.Advance):
       note = f"{seen.attack}: {seen.robust} of {len(x)} not broken"
-      progress.update(round(1000 * seen.done / seen.total), note)
+      progress.update(round(len(x) * seen.done / seen.total), note)
 
     return attack(
       float32, x, source.labels, key, ids=source.ids, attack_fn=fast, journal=journal, progress=advance
