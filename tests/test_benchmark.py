@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import math
 import types
 
@@ -15,8 +16,8 @@ from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
 from jax_trustdiff.diffusion.augment import resample
 from jax_trustdiff.diffusion.samplers import EDMSampler
-from jax_trustdiff.interop import edm_names
-from jax_trustdiff.models.registry import MODELS, forward_flops, num_params
+from jax_trustdiff.interop import edm_names, graph_npz
+from jax_trustdiff.models.registry import MODELS, bind, forward_flops, num_params
 from jax_trustdiff.tasks import benchmark, benchmark_at_step, benchmark_diffusion
 from jax_trustdiff.tasks import benchmark_tools as tools
 from jax_trustdiff.training.workdir import Workdir
@@ -262,3 +263,30 @@ def test_diffusion_is_timed_beside_its_peers(tmp_path, variant, labels, checked)
     if "max_difference" in key:
       assert found[key] < 1e-4, key
   assert ("sampler/max_difference_from_torch" in found) == (with_torch and "sampler" in labels)
+
+
+@pytest.mark.slow
+def test_autoattack_is_timed_beside_its_peer(tmp_path):
+  """The same graph and images, so the same verdicts."""
+  r = np.random.RandomState(0)
+  nodes = [
+    dict(op="Conv", inputs=["x", "k", "c"], outputs=["h"], attrs=dict(pads=[1, 1, 1, 1], strides=[2, 2])),
+    dict(op="Relu", inputs=["h"], outputs=["r"], attrs={}),
+    dict(op="Flatten", inputs=["r"], outputs=["f"], attrs={}),
+    dict(op="Gemm", inputs=["f", "w", "b"], outputs=["y"], attrs={}),
+  ]
+  graph = dict(input="x", output="y", norm=dict(mean=[0.5] * 3, std=[0.25] * 3), nodes=nodes)
+  arrays = dict(k=r.randn(4, 3, 3, 3), c=r.randn(4), w=r.randn(10, 1024) / 16, b=r.randn(10))
+  arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+  np.savez(tmp_path / "net.npz", __graph__=np.frombuffer(json.dumps(graph).encode(), np.uint8), **arrays)
+  images = r.randint(0, 256, (24, 32, 32, 3), np.uint8)
+  logits = bind(*graph_npz.load_graph(tmp_path / "net.npz"))(jnp.asarray(images, jnp.float32) / 255)
+  np.savez(tmp_path / "test.npz", image=images, label=np.asarray(logits.argmax(1)))
+  settings = dict(graph=str(tmp_path / "net.npz"), data_path=str(tmp_path), num_images=24, radius=0.01)
+  found = measured(tmp_path, "autoattack,smoke", **settings, version="standard", batch_size=24)
+  assert found["num_images"] == 24 and 0 < found["robust"] < 24
+  if importlib.util.find_spec("torch") and importlib.util.find_spec("pyautoattack"):
+    assert abs(found["torch_robust"] - found["robust"]) <= 1 and found["verdicts_that_differ"] <= 1
+    assert 0 < found["autoattack/ratio_low"] <= found["autoattack/ratio_high"]
+  else:
+    assert "autoattack/ratio" not in found
