@@ -11,7 +11,7 @@ init_from is the export folder of a classifier; a torch checkpoint (.pt, .pth, .
 `model` describes, under the names of DM-Improves-AT and RobustBench; or an .npz file with a graph of ONNX operators.
 result.json holds the accuracies with intervals, and a record of every image; adversarial.npz the images found.
 
-Cost: for an image that withstands, 27,300 evaluations of the classifier (a gradient counted as two more).
+Cost: for an image that withstands, 11,630 evaluations of the classifier (a gradient counted as two more).
 
 Variants: l2 (128/255); l1 (12); robustbench (the WRN-28-10 of Wang et al. 2023 on all of CIFAR-10 beside its entry:
 robustbench.leaderboard is a JSON file of entries, init_from the published checkpoint; published: 92.44 % clean, 67.31 %);

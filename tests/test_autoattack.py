@@ -188,6 +188,39 @@ def test_fab_finds_the_distance_of_a_linear_classifier_and_nothing_beats_it(norm
   assert not result.after["apgd_t"][breakable].any() or norm == "l1"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("norm, dual", [("linf", 1), ("l2", 2), ("l1", np.inf)])
+def test_every_attack_alone_breaks_what_is_well_within_its_radius(norm, dual):
+  """The linear world again: by gradients what has a distance of 0.9 of the radius, by random search 0.25."""
+  classifier, x = linear(), images(40)
+  y = labelled(classifier, x)
+  exact = minimal_distance(classifier, x, y, dual)
+  radius = 2 * float(np.median(exact))
+  attacks = {
+    "apgd_ce": (APGD(norm, radius, "ce", num_steps=40, large_radii=norm == "l1"), 0.9),
+    "apgd_plain": (APGD(norm, radius, "ce", num_steps=40), 0.9),
+    "apgd_t": (APGD(norm, radius, "dlr", num_steps=40, num_targets=4), 0.9),
+    "fab": (FAB(norm, radius, num_steps=20, num_targets=0), 0.99),
+    "square": (Square(norm, radius, num_steps=300), 0.25),
+  }
+  for name, (attack, share) in attacks.items():
+    result = quietly(norm=norm, radius=radius, version={name: attack})(classifier, x, y, KEY)
+    assert not result.robust[exact < share * radius].any() and result.robust[exact > radius * 1.001].all(), (
+      name
+    )
+    assert (exact < share * radius).sum() >= 8
+
+
+@pytest.mark.slow
+def test_a_classifier_in_bfloat16_is_attacked_all_the_same():
+  classifier, x, y = world()
+  half = lambda x: classifier(x).astype(jnp.bfloat16)  # noqa: E731
+  for norm in norms.NORMS:
+    attacks = small_attacks(norm, RADII[norm]) | {"fab": FAB(norm, RADII[norm], num_steps=3, num_targets=0)}
+    result = quietly(norm=norm, radius=RADII[norm], version=attacks)(classifier, x, y, KEY, attack_fn=half)
+    assert result.robust.sum() < result.clean.sum() and not result.standard
+
+
 # ---- the harness ----
 
 
@@ -306,8 +339,17 @@ def test_an_evaluation_goes_on_where_it_was_cut_off():
     for name in ("x_adv", "broken_by", "when", "robust"):
       np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     assert found.flat == expected.flat and journal.keys() == undisturbed.keys()
-  with pytest.raises(RunError, match="belongs to another evaluation"):
-    quietly(**options)(classifier, x, y, KEY, journal=undisturbed, ids=np.arange(1, 41))
+  other = Linear(-classifier.kernel, classifier.bias)
+  for change in (
+    dict(ids=np.arange(1, 41)),
+    dict(key=jax.random.key(1)),
+    dict(logits_fn=other),
+    dict(chunk_size=8),
+  ):
+    arguments = dict(logits_fn=classifier, x=x, y=y, key=KEY) | change
+    settings = options | {name: arguments.pop(name) for name in ("chunk_size",) if name in arguments}
+    with pytest.raises(RunError, match="belongs to another evaluation"):
+      quietly(**settings)(**arguments, journal=undisturbed)
 
 
 @pytest.mark.parametrize("norm", norms.NORMS)
@@ -322,6 +364,7 @@ def test_radius_0_and_radius_1(norm):
   assert not everything.robust.any() and everything.clean.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [2, 3])
 @pytest.mark.parametrize("version", ["standard", "plus", "rand"])
 def test_few_classes(num_classes, version):
@@ -332,6 +375,8 @@ def test_few_classes(num_classes, version):
   said = []
   result = AutoAttack("linf", 0.05, attacks, warn=said.append)(classifier, x, y, KEY)
   assert result.robust.sum() < len(x)
+  replaced = {"standard": 3, "plus": 3, "rand": 2}[version]  # with fewer classes than DLR needs
+  assert any("the DLR loss of" in line for line in said) == (num_classes <= replaced)
   if num_classes < 4 and version == "standard":
     exact = minimal_distance(classifier, x, y, 1)
     assert result.robust[exact > 0.0501].all()
@@ -351,6 +396,8 @@ def test_versions():
   assert (plus["apgd_ce"].restarts, plus["fab"].num_runs(10), plus["apgd_t"].num_runs(10)) == (5, 5, 9)
   assert l1["apgd_ce"].large_radii and (l1["apgd_ce"].num_runs(10), l1["apgd_t"].num_runs(10)) == (5, 5)
   assert attacks_of("rand", "linf", 0.1, 10)["apgd_ce"].num_draws == 20
+  plus_l1 = attacks_of("plus", "l1", 12.0, 10)
+  assert not plus_l1["apgd_ce"].large_radii and plus_l1["apgd_t"].num_runs(10) == 9
   assert attacks_of("standard", "linf", 0.1, 5)["fab_t"].num_runs(5) == 4
   assert attacks_of("standard", "linf", 0.1, 10)["square"].num_steps == 5000
 

@@ -221,7 +221,8 @@ def test_a_published_accuracy_on_the_full_test_set(tmp_path):
       "is for attack.version='custom'",
     ),
     (["--config.robustbench.entry=x"], "needs robustbench.leaderboard"),
-    (["--config.attack.radius=-1.0"], "radius"),
+    (["--config.attack.radius=0.1"], "give both one norm and radius"),
+    (["--config.attack.radius=-1.0", "--config.eval.attack.radius=-1.0"], "radius"),
   ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, changes, says):
@@ -234,7 +235,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, changes, say
 def process(trained, workdir):
   command = [sys.executable, "-m", "jax_trustdiff.main", "--config=configs/eval_robust.py:smoke"]
   command += [f"--config.init_from={trained}", f"--workdir={workdir}", "--config.eval.num_test=200"]
-  command += ["--config.eval.radii=()", "--config.attack.radius=0.04"]
+  command += ["--config.eval.radii=()", "--config.attack.radius=0.04", "--config.eval.attack.radius=0.04"]
   return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 

@@ -108,7 +108,8 @@ class APGD(AttackOfRuns):
     if self.num_targets:
       target = rank_target(fixed(logits_fn, key, DRAWS)(x), y, index // self.restarts + 1)
     trace = self.ascend(logits_fn, x, y, draw, target, key)
-    return Found(trace.x_adv, trace.when, trace.flat)
+    when = jnp.where(trace.when == NEVER, NEVER, trace.when * self.num_draws)
+    return Found(trace.x_adv, when, trace.flat)
 
   def ascend(
     self,

@@ -73,7 +73,12 @@ class FAB(AttackOfRuns):
   def minimum(self, logits_fn: AnyLogitsFn, x: Unit, y: Labels, key: KeyOrKeys, index=0) -> Minimum:
     """The nearest misclassified point of one run, at any distance."""
     x = norms.full_precision(x)
-    logits_fn = fixed(logits_fn, key, 0)
+    drawn = fixed(logits_fn, key, 0)
+
+    def logits_fn(images):  # float32 at least, whatever the classifier computes in
+      logits = drawn(images)
+      return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
     target = None
     if self.num_targets:
       target = rank_target(logits_fn(x), y, index // self.restarts + 1)

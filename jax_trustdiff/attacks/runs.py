@@ -49,7 +49,7 @@ class AttackOfRuns(abc.ABC):
 
   @abc.abstractmethod
   def num_runs(self, num_classes: int) -> int:
-    """Runs against a classifier of so many classes; InputError if they are too few for the attack."""
+    """Runs against a classifier of so many classes."""
 
   @property
   @abc.abstractmethod

@@ -87,7 +87,8 @@ def autoattack(
     if answers:
       theirs_left = np.array(answers[-1]["robust"])
       figures |= {"torch_robust": int(theirs_left.sum()), "torch_seconds": float(np.median(seconds["torch"]))}
-      figures["verdicts_that_differ"] = int((theirs_left != left["ours"]).sum())
+      if graph:  # otherwise the programs have other weights
+        figures["verdicts_that_differ"] = int((theirs_left != left["ours"]).sum())
       figures |= tools.ratio_figures("autoattack", seconds["ours"], seconds["torch"])
     return figures
 

@@ -4,6 +4,7 @@ AutoAttack (Croce and Hein 2020, arXiv:2003.01690) goes on exactly where it was 
 in workdir/journal until the result is written.
 """
 
+import fractions
 import os
 import pathlib
 import shutil
@@ -70,12 +71,17 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   if parallel.is_main_process():
     np.savez(workdir / ADVERSARIAL, id=source.ids, image=result.x_adv)
     reports.robustness_report(config, workdir, names, source, result, pgd, curve, entry, metrics)
+    workdir.write_result(metrics)
     shutil.rmtree(workdir / JOURNAL, ignore_errors=True)
   return metrics
 
 
 def _autoattack(config, network, mesh) -> autoattack.AutoAttack:
-  section = config.attack
+  section, other = config.attack, config.eval.attack
+  if (section.norm, section.radius) != (other.norm, other.radius):
+    raise InputError(
+      f"attack is {section.norm} {section.radius:g} and eval.attack {other.norm} {other.radius:g}: give both one norm and radius"
+    )
   attacks: str | dict = section.version
   if section.version == "custom" or section.num_steps or section.num_queries:
     base = "plus" if section.version == "custom" else section.version
@@ -101,7 +107,13 @@ def _leaderboard_entry(config) -> dict | None:
     if section.entry:
       raise InputError("robustbench.entry needs robustbench.leaderboard, the JSON file of entries")
     return None
-  return robustbench.entry(section.leaderboard, section.dataset, section.threat, section.entry)
+  entry = robustbench.entry(section.leaderboard, section.dataset, section.threat, section.entry)
+  radius = float(fractions.Fraction(entry["eps"].replace(" ", "")))
+  if section.threat.lower() != config.attack.norm or abs(radius - config.attack.radius) > 1e-6:
+    raise InputError(
+      f"the entry {entry['id']} is of {section.threat} {entry['eps']}, and attack of {config.attack.norm} {config.attack.radius:g}"
+    )
+  return entry
 
 
 def _against_radius(config, evaluator, variables, verdicts) -> dict[float, float]:
