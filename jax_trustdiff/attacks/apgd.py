@@ -43,7 +43,7 @@ class Evaluation(NamedTuple):
 
 
 class Trace(NamedTuple):
-  """Where the ascent stands; all but `step` are [b ...]."""
+  """Where the ascent stands; every field is [b ...]."""
 
   x: jax.Array
   before: jax.Array  # x of the step before

@@ -152,10 +152,9 @@ class ImageStore:
     """
     if self.missing(thorough):
       return None
-    files = {}
-    for shard in range(self.plan.num_shards):
-      files |= _read_json(self._about(shard), SHARD_KEYS)["files"]
-    makers = self.makers(range(self.plan.num_shards))
+    shards = [_read_json(self._about(shard), SHARD_KEYS) for shard in range(self.plan.num_shards)]
+    files = {name: about for shard in shards for name, about in shard["files"].items()}
+    makers = _count_makers(shards)
     data = _dump(self.plan.as_json() | {"num_shards": self.plan.num_shards, "makers": makers, "files": files})
     if not (self.path / MANIFEST).exists() or (self.path / MANIFEST).read_bytes() != data:
       _write(self.path / MANIFEST, data)
@@ -165,11 +164,7 @@ class ImageStore:
 
   def makers(self, shards: Iterable[int]) -> dict[str, int]:
     """{maker: number of images it made} of complete shards."""
-    found = collections.Counter()
-    for shard in shards:
-      about = _read_json(self._about(shard), SHARD_KEYS)
-      found[about["maker"]] += about["num_images"]
-    return dict(found)
+    return _count_makers(_read_json(self._about(shard), SHARD_KEYS) for shard in shards)
 
   def read(self, shard: int) -> dict[str, np.ndarray]:
     """{'images', 'labels', 'ids'} of a complete shard, memory-mapped."""
@@ -375,6 +370,14 @@ def _write(file: pathlib.Path, data: bytes) -> None:
       temporary.unlink(missing_ok=True)
       raise
   _sync_folder(file.parent)
+
+
+def _count_makers(shards: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+  """{maker: number of images} from what shards' JSON files say."""
+  found = collections.Counter()
+  for about in shards:
+    found[about["maker"]] += about["num_images"]
+  return dict(found)
 
 
 def _clear(folder: pathlib.Path, pattern: str) -> None:
