@@ -16,7 +16,8 @@ edm_train: a training step of that U-Net, with augmentation and without: EDM los
 edm_train_gpu: the same with the DDPM++ of the paper, bfloat16, batch 256: for an accelerator.
 autoattack: standard AutoAttack (benchmark.graph: a classifier as an .npz graph; benchmark.data_path: CIFAR-10 as .npz files) on
 512 images, Linf 2/255, beside the package pyautoattack if the peer has it. Minutes.
-autoattack_gpu: a WRN-28-10 with fresh weights, a radius at which nothing breaks, 512 random images: for an accelerator.
+autoattack_gpu: a WRN-28-10 with fresh weights of which nothing breaks, 64 random images, attacked in bfloat16 with verdicts of
+float32, beside torch's in TF32: for an accelerator. Its robust accuracy means nothing, its time is that of the worst case.
 smoke: seconds, with each of them: at_step, 'autoattack,smoke', 'sampler,smoke', 'edm_train,smoke'.
 
 On a GPU both programs share its memory, of which jax takes three quarters when it starts unless told otherwise:
@@ -55,11 +56,15 @@ def get_config(variant: str = "") -> ConfigDict:
   if name == "wrn28_10":
     config.benchmark.update(depth=28, width=10, batch_size=512, dtype="bfloat16", steps_per_round=5, cliff=0)
   if chosen[0] == "autoattack_gpu":
-    config.benchmark.update(depth=28, width=10, radius=1e-6, batch_size=512)
+    config.benchmark.update(
+      depth=28, width=10, attack_dtype="bfloat16", num_images=64, batch_size=64, rounds=1
+    )
   elif chosen[0].endswith("_gpu"):
     config.benchmark.update(
       model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, dtype="bfloat16", batch_size=256
     )
+  if chosen[0] == "sampler_gpu":  # two torch programs that train do not fit into 80 GB beside ours
+    config.benchmark.peer_dtypes = ("float32", "bfloat16")
   if "smoke" in names and config.benchmark.name == "at_step":
     config.benchmark.update(depth=10, width=1, batch_size=8, num_steps=2, rounds=2, cliff=2)
   elif "smoke" in names and name == "autoattack":
@@ -106,6 +111,7 @@ def _autoattack():
     norm="linf",
     radius=2 / 255,
     version="standard",
+    attack_dtype="float32",  # of the network that is attacked; verdicts are of float32
     batch_size=128,
     rounds=2,
     peer_python="",
@@ -122,6 +128,7 @@ def _network():
     dtype="float32",
     batch_size=16,
     peer_python="",
+    peer_dtypes=("float32",),  # of torch, each a peer of its own; on a GPU float32 means TF32
   )
 
 

@@ -18,7 +18,7 @@ from jax_trustdiff.diffusion.augment import resample
 from jax_trustdiff.diffusion.samplers import EDMSampler
 from jax_trustdiff.interop import edm_names, graph_npz
 from jax_trustdiff.models.registry import MODELS, bind, forward_flops, num_params
-from jax_trustdiff.tasks import benchmark, benchmark_at_step, benchmark_diffusion
+from jax_trustdiff.tasks import benchmark, benchmark_at_step, benchmark_autoattack, benchmark_diffusion
 from jax_trustdiff.tasks import benchmark_tools as tools
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, RunError
@@ -139,6 +139,12 @@ def test_wrong_settings_are_refused(tmp_path):
     measured(tmp_path, "sampler,edm_train")
   with pytest.raises(InputError, match="benchmark.rounds is too small"):
     measured(tmp_path, "sampler,smoke", rounds=0)
+  with pytest.raises(InputError, match="'bfloat16', found 'float16'"):
+    measured(tmp_path, "edm_train,smoke", peer_dtypes=("float16",))
+  with pytest.raises(InputError, match="'bfloat16', found 'float16'"):
+    measured(tmp_path, "autoattack,smoke", attack_dtype="float16")
+  with pytest.raises(InputError, match="is float32"):
+    measured(tmp_path, "autoattack,smoke", graph="net.npz", attack_dtype="bfloat16")
 
 
 # ---- diffusion ----
@@ -250,19 +256,31 @@ def test_benchmark_networks(variant):
   ],
 )
 def test_diffusion_is_timed_beside_its_peers(tmp_path, variant, labels, checked):
-  found = measured(tmp_path, variant)
+  found = measured(tmp_path, variant, peer_dtypes=("float32", "bfloat16"))
   assert all(math.isfinite(value) for value in found.values())
   with_torch = importlib.util.find_spec("torch") is not None
   for label in labels:
     assert found[f"{label}/images_per_second"] > 0
     assert (f"{label}/ratio" in found) == with_torch
-  for label in (*checked, *(labels if with_torch else ())):
+  beside = [label + peer for label in labels for peer in ("", "_beside_torch_bfloat16")]
+  for label in (*checked, *(beside if with_torch else ())):
     low, middle, high = (found[f"{label}/{name}"] for name in ("ratio_low", "ratio", "ratio_high"))
     assert 0 < low <= middle <= high
   for key in found:
     if "max_difference" in key:
-      assert found[key] < 1e-4, key
+      assert found[key] < (3e-2 if key.endswith("bfloat16") else 1e-4), key
   assert ("sampler/max_difference_from_torch" in found) == (with_torch and "sampler" in labels)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_can_break_the_fresh_network(dtype):
+  network = MODELS["wide_resnet"](depth=10, width=2, mean=(0.47,), std=(0.25,), dtype=dtype)
+  fresh = jax.jit(network.init)(jax.random.key(0))
+  raised = benchmark_autoattack._preferring_first_class(fresh)
+  logits = bind(network, raised)(jax.random.uniform(jax.random.key(1), (8, 32, 32, 3)))
+  assert (logits[:, :1] - logits[:, 1:] > benchmark_autoattack.PREFERENCE / 2).all()
+  moved = [a.sum() for a in jax.tree.leaves(jax.tree.map(jnp.subtract, raised, fresh)) if a.any()]
+  np.testing.assert_allclose(moved, [benchmark_autoattack.PREFERENCE])
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import functools
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ class Size:
     shared = ("model_channels", "channel_mult", "num_blocks", "attention_resolutions")
     network = {name: getattr(self, name) for name in shared}
     network |= {"image_shape": (self.image_size,) * 2 + (3,), "num_augment_labels": num_augment_labels}
-    return {"network": network, "dtype": self.dtype}
+    return {"network": network}
 
 
 def sampler(
@@ -63,15 +63,18 @@ def sampler(
   num_steps: int,
   rounds: int,
   peer_python: str,
+  peer_dtypes: tuple[str, ...],
 ) -> Callable[[Workdir], dict[str, float]]:
   """A batch of images by Heun's method: `EDMSampler`, a `lax.scan` written by hand for it alone, and a torch loop.
 
   All three evaluate the network 2 num_steps - 1 times, from the same noise and weights. Figures of the whole call, compiled
   and warm; compile_seconds are of tracing and compilation. max_difference of images is relative to their largest value.
+  peer_dtypes: of torch, a peer each: 'float32' (products in TF32 on a GPU) and 'bfloat16'.
   InputError if `peer_python` has no torch, RunError if the peer dies.
   """
   size = Size(image_size, model_channels, channel_mult, num_blocks, attention_resolutions, dtype, batch_size)
   _check_counts(batch_size=batch_size, num_steps=num_steps - 1, rounds=rounds)
+  _check_dtypes(peer_dtypes)
   network, python = size.network(), tools.peer_python_with_torch(peer_python)
   heun = EDMSampler(num_steps=num_steps)
 
@@ -91,10 +94,9 @@ def sampler(
       for name, program in programs.items()
     }
     settings = size.torch_settings() | {"job": "sample", "num_steps": num_steps}
-    with _torch_peer(python, settings, variables, noise=noise) as (theirs, output):
-      seconds = tools.in_turns(timed | {"torch": theirs}, rounds, 1)
-      if theirs:
-        images["torch"] = np.load(output)
+    with _torch_peers(python, peer_dtypes, settings, variables, noise=noise) as peers:
+      seconds = tools.in_turns(timed | {name: peer for name, (peer, _) in peers.items()}, rounds, 1)
+      images |= {name: np.load(output) for name, (_, output) in peers.items()}
     figures = tools.figures_beside_torch("sampler", seconds, batch_size, heun.nfe * forward_flops(network))
     figures |= tools.ratio_figures("sampler_beside_scan", seconds["ours"], seconds["scan"])
     figures["sampler/scan_images_per_second"] = float(batch_size / np.median(seconds["scan"]))
@@ -121,14 +123,17 @@ def edm_train(
   rounds: int,
   steps_per_round: int,
   peer_python: str,
+  peer_dtypes: tuple[str, ...],
 ) -> Callable[[Workdir], dict[str, float]]:
   """One training step: augmentation, the EDM loss, its gradient, Adam and the parameters' average; beside torch's.
 
-  augment: probabilities of the augmentation, each a measurement of its own; 0 is none. Without dropout and class labels.
+  augment: probabilities of the augmentation, each a measurement of its own; 0 is none. peer_dtypes: see `sampler`. Without dropout
+  and class labels.
   InputError and RunError as `sampler`.
   """
   size = Size(image_size, model_channels, channel_mult, num_blocks, attention_resolutions, dtype, batch_size)
   _check_counts(batch_size=batch_size, rounds=rounds, steps_per_round=steps_per_round)
+  _check_dtypes(peer_dtypes)
   pipes = {p: edm_pipe(p) if p else no_pipe() for p in augment}
   python = tools.peer_python_with_torch(peer_python)
 
@@ -140,8 +145,9 @@ def edm_train(
       x0 = jax.random.uniform(jax.random.key(1), (batch_size, *network.image_shape), minval=-1.0)
       ours = _our_training(network, pipe, variables, x0)
       settings = size.torch_settings(pipe.num_labels) | {"job": "train", "augment": probability}
-      with _torch_peer(python, settings, variables, images=x0) as (theirs, _):
-        seconds = tools.in_turns({"ours": ours, "torch": theirs}, rounds, steps_per_round)
+      with _torch_peers(python, peer_dtypes, settings, variables, images=x0) as peers:
+        programs = {"ours": ours} | {name: peer for name, (peer, _) in peers.items()}
+        seconds = tools.in_turns(programs, rounds, steps_per_round)
       label = "edm_train_augmented" if probability else "edm_train"
       # a gradient with respect to input or weights counts as one evaluation; augmentation is not counted
       figures |= tools.figures_beside_torch(label, seconds, batch_size, 3 * forward_flops(network))
@@ -206,18 +212,26 @@ def _variables(network: DiffusionNetwork) -> Variables:
 
 
 @contextlib.contextmanager
-def _torch_peer(
-  python: str | None, settings: dict, variables: Variables, **arrays: jax.Array
-) -> Iterator[tuple[Callable[[int], float] | None, pathlib.Path]]:
-  """(the peer of `tools.peer` with these weights and arrays, the file where it leaves its images)."""
-  with tempfile.TemporaryDirectory() as folder:
-    files = {"arrays": f"{folder}/arrays.npz", "output": f"{folder}/images.npy"}
+def _torch_peers(
+  python: str | None, dtypes: Sequence[str], settings: dict, variables: Variables, **arrays: jax.Array
+) -> Iterator[dict[str, tuple[Callable[[int], float], pathlib.Path]]]:
+  """{'torch' or 'torch_<dtype>': (the peer of `tools.peer` with these weights and arrays, the file where it leaves its images)}.
+
+  Empty without an interpreter for them."""
+  with contextlib.ExitStack() as stack:
+    folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
     if python:
-      np.savez(
-        files["arrays"], **edm_names.to_edm(variables), **{k: np.asarray(v) for k, v in arrays.items()}
-      )
-    with tools.peer(python, settings | files | tools.peer_device(), "torch_peer_unet.py") as theirs:
-      yield theirs, pathlib.Path(files["output"])
+      given = {k: np.asarray(v) for k, v in arrays.items()}
+      np.savez(folder / "arrays.npz", **edm_names.to_edm(variables), **given)
+    peers = {}
+    for dtype in dtypes:
+      output = folder / f"{dtype}.npy"
+      about = {"dtype": dtype, "arrays": str(folder / "arrays.npz"), "output": str(output)}
+      opened = tools.peer(python, settings | about | tools.peer_device(), "torch_peer_unet.py")
+      theirs = stack.enter_context(opened)
+      if theirs:
+        peers["torch" if dtype == "float32" else f"torch_{dtype}"] = theirs, output
+    yield peers
 
 
 def _about(network: DiffusionNetwork) -> dict[str, float]:
@@ -225,6 +239,11 @@ def _about(network: DiffusionNetwork) -> dict[str, float]:
     "network/parameters": num_params(jax.eval_shape(network.init, jax.random.key(0))),
     "network/gflop_per_evaluation": forward_flops(network) / 1e9,
   }
+
+
+def _check_dtypes(dtypes: Sequence[str]) -> None:
+  if unknown := set(dtypes) - {"float32", "bfloat16"}:
+    raise InputError(f"benchmark.peer_dtypes knows 'float32' and 'bfloat16', found {unknown.pop()!r}")
 
 
 def _check_counts(**counts: int) -> None:

@@ -78,11 +78,16 @@ def speed_figures(label: str, seconds: float, images: int, flops: float) -> dict
 def figures_beside_torch(
   label: str, seconds: Mapping[str, np.ndarray], images: int, flops: float
 ) -> dict[str, float]:
-  """Medians of the rounds of 'ours' and, if it is there, of 'torch', and their ratio; `flops` are those of one image."""
+  """Medians of the rounds of 'ours' and of what there is of 'torch' and 'torch_<dtype>', and the ratios of ours to theirs.
+
+  flops: of one image. Figures beside 'torch_<dtype>' are of the label `<label>_beside_torch_<dtype>`.
+  """
   figures = speed_figures(label, np.median(seconds["ours"]), images, flops)
-  if "torch" in seconds:
-    figures[f"{label}/torch_images_per_second"] = float(images / np.median(seconds["torch"]))
-    figures |= ratio_figures(label, seconds["ours"], seconds["torch"])
+  for name in seconds:
+    if name.startswith("torch"):
+      figures[f"{label}/{name}_images_per_second"] = float(images / np.median(seconds[name]))
+      beside = label if name == "torch" else f"{label}_beside_{name}"
+      figures |= ratio_figures(beside, seconds["ours"], seconds[name])
   return figures
 
 
