@@ -54,6 +54,12 @@ def get_config(variant: str = "") -> ConfigDict:
     bn_groups=1,
   )
   config.data = dict(name="npz", path="data/cifar10", num_classes=10)
+  config.mixing = dict(
+    generated="",  # image stores, .npz files or folders of them, by commas or patterns (1m_part*.npz); '': none
+    ratio=0.3,  # of real images in a batch
+    walk="with_replacement",  # as the original draws; 'permutation': all images of a part before any comes again
+    num_generated=0,  # the first so many; 0: all
+  )
   config.augment = dict(name="pad_crop_flip", pad=4, flip=True)
   config.objective = dict(
     name="trades", beta=5.0, label_smoothing=0.1, norm="linf", radius=8 / 255, step_size=2 / 255, num_steps=10

@@ -372,7 +372,8 @@ def test_a_test_folder_keeps_the_numbers_of_the_training_classes(tmp_path):
 
 def run_config(validation_split="first", num_validation=0, **data):
   train = dict(num_train=0, num_validation=num_validation, validation_split=validation_split)
-  return config.from_plain({"data": data, "train": train, "eval": dict(num_test=0)})
+  mixing = dict(generated="")
+  return config.from_plain({"data": data, "mixing": mixing, "train": train, "eval": dict(num_test=0)})
 
 
 def test_load_data_chooses_the_validation_images(tmp_path):

@@ -89,6 +89,30 @@ def test_images_are_resident_or_streamed_as_the_config_says(how):
   trainer.feed.close()
 
 
+@pytest.mark.parametrize("how", ["yes", "no"])
+def test_generated_images_are_in_every_batch_and_nowhere_else(tmp_path, how):
+  """A quarter of 64 rows is real; the epoch stays that of the 512 real images, of which 64 are for validation."""
+  np.savez(tmp_path / "a.npz", image=np.full((2000, 8, 8, 1), 7, np.uint8), label=np.arange(2000) % 10)
+  mixing = {"mixing.generated": str(tmp_path / "a.npz"), "mixing.ratio": 0.25, "train.resident": how}
+  _, data, trainer = built(config_lib.load(SMOKE, mixing))
+  _, _, plain = built(config_lib.load(SMOKE))
+  assert trainer.plan == plain.plan and trainer.plan.num_steps == 2 * 512 // 64
+  assert not any((source.ids < 0).any() for source in (data.train, data.validation, data.test))
+  assert (len(data.train), len(data.validation), len(data.generated)) == (448, 64, 2000)
+  trainer.feed.start(0)
+  for _ in range(3):
+    batch = trainer.feed.take(trainer.feed.arrays, jax.tree.map(lambda x: x[0], trainer.feed.next(1)))
+    generated = np.asarray(batch["id"]) < 0
+    assert generated.sum() == 48 and (np.asarray(batch["image"])[generated] == 7).all()
+    assert (np.asarray(batch["label"])[generated] == (-1 - np.asarray(batch["id"])[generated]) % 10).all()
+    assert np.isin(np.asarray(batch["id"])[~generated], data.train.ids).all()
+  trainer.feed.close()
+  fewer = classifiers.load_data(config_lib.load(SMOKE, mixing | {"mixing.num_generated": 100}))
+  assert len(fewer.generated) == 100
+  with pytest.raises(InputError, match=r"\[0, 1\], found 2.0"):
+    built(config_lib.load(SMOKE, mixing | {"mixing.ratio": 2.0}))
+
+
 def test_random_validation_holds_out_other_images_than_first():
   first, random = (
     classifiers.load_data(config_lib.load(SMOKE, {"train.validation_split": how})).validation

@@ -10,7 +10,7 @@ a payload for each dispatch of k steps; inside the step `take(arrays, payload of
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -27,6 +27,16 @@ Batch = dict[str, Any]  # {'image': ..., 'label': ..., 'id': ...}
 CPU_BUDGET = 2 * 2**30  # bytes of images kept in the memory of a CPU, over all its devices
 DEVICE_FRACTION = 0.25  # of an accelerator's memory may hold images
 PREFETCH_BYTES = 2**27  # batches that a streaming feed reads ahead
+
+
+@runtime_checkable
+class Sampler(Protocol):
+  """What a feed asks: positions in a source of `num_examples`, in batches of `batch_size`, as a pure function of the step."""
+
+  num_examples: int
+  batch_size: int
+
+  def indices(self, step: int) -> Int64[np.ndarray, "b"]: ...
 
 
 class EpochSampler:
@@ -55,11 +65,12 @@ class EpochSampler:
     while start < stop:
       epoch, offset = divmod(start, self.num_examples)
       length = min(stop - start, self.num_examples - offset)
-      pieces.append(self._permutation(epoch)[offset : offset + length])
+      pieces.append(self.permutation(epoch)[offset : offset + length])
       start += length
     return np.concatenate(pieces).astype(np.int64)
 
-  def _permutation(self, epoch: int) -> np.ndarray:
+  def permutation(self, epoch: int) -> np.ndarray:
+    """The order of positions in an epoch, int32 or int64 [n]."""
     with self._lock:  # a streaming feed asks from several threads
       order = self._cache.pop(epoch, None)
       if order is None:
@@ -73,7 +84,7 @@ class EpochSampler:
 class ResidentFeed:
   """All images as uint8 on every device of the mesh; a payload is the positions, int32 [k, b]."""
 
-  def __init__(self, source: ImageSource, sampler: EpochSampler, mesh: Mesh):
+  def __init__(self, source: ImageSource, sampler: Sampler, mesh: Mesh):
     _check(source, sampler, mesh)
     self.sampler, self.mesh, self.step = sampler, mesh, 0
     self.image_shape = source.image_shape
@@ -112,9 +123,7 @@ class StreamingFeed:
   position. About `prefetch_bytes` of batches are held in memory, and at least two.
   """
 
-  def __init__(
-    self, source: ImageSource, sampler: EpochSampler, mesh: Mesh, prefetch_bytes: int = PREFETCH_BYTES
-  ):
+  def __init__(self, source: ImageSource, sampler: Sampler, mesh: Mesh, prefetch_bytes: int = PREFETCH_BYTES):
     import grain
 
     _check(source, sampler, mesh)
@@ -143,7 +152,7 @@ class StreamingFeed:
 class _Batches:
   """Random access to this process's rows of the batch of each step, for grain."""
 
-  def __init__(self, source: ImageSource, sampler: EpochSampler, rows: np.ndarray):
+  def __init__(self, source: ImageSource, sampler: Sampler, rows: np.ndarray):
     self.source, self.sampler, self.rows = source, sampler, rows
 
   def __len__(self) -> int:
@@ -156,7 +165,7 @@ class _Batches:
 
 def make_feed(
   source: ImageSource,
-  sampler: EpochSampler,
+  sampler: Sampler,
   mesh: Mesh,
   resident: str = "auto",
   budget_bytes: int | None = None,
@@ -204,7 +213,7 @@ def _in_all_processes(here: bool) -> bool:
   return bool(np.min(multihost_utils.process_allgather(np.int32(here)))) if jax.process_count() > 1 else here
 
 
-def _check(source: ImageSource, sampler: EpochSampler, mesh: Mesh) -> None:
+def _check(source: ImageSource, sampler: Sampler, mesh: Mesh) -> None:
   parallel.check_batch(sampler.batch_size, mesh)
   if sampler.num_examples != len(source):
     raise InputError(f"the sampler counts {sampler.num_examples} examples and the source {len(source)}")

@@ -11,7 +11,7 @@ import numpy as np
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
 from jax_trustdiff.attacks.registry import ATTACKS
-from jax_trustdiff.data import pipeline, records, sources
+from jax_trustdiff.data import mixing, pipeline, records, sources
 from jax_trustdiff.evaluation import accuracy
 from jax_trustdiff.interop import export, graph_npz, pretrained
 from jax_trustdiff.models.registry import MODELS, bind
@@ -29,10 +29,11 @@ class ClassifierData:
   validation: sources.ImageSource
   test: sources.ImageSource
   epoch_images: int  # images of the training split before the validation images were cut off
+  generated: sources.ImageSource | None = None  # for training alone, beside `train`
 
 
 def load_data(config) -> ClassifierData:
-  """The splits of config.data, cut to train.num_train and eval.num_test images (0: all).
+  """The splits of config.data, cut to train.num_train and eval.num_test images (0: all), and the images of config.mixing.
 
   train.validation_split is 'first', or 'random' for train.num_validation images that are the same in every run.
   InputError if the splits differ in image shape or classes, or if a cut leaves out a whole class.
@@ -47,7 +48,15 @@ def load_data(config) -> ClassifierData:
   train, validation = records.split_validation(
     full, config.train.num_validation, config.train.validation_split
   )
-  return ClassifierData(train, validation, test, len(full))
+  return ClassifierData(train, validation, test, len(full), _load_generated(config.mixing, train))
+
+
+def _load_generated(section, real: sources.ImageSource) -> sources.ImageSource | None:
+  """The images that the section `mixing` names, the first num_generated of them (0: all); None if it names none."""
+  if not section.generated:
+    return None
+  found = mixing.generated_source(section.generated, real)
+  return records.limit(found, section.num_generated) if section.num_generated else found
 
 
 def build_network(section, source: sources.ImageSource) -> Classifier:

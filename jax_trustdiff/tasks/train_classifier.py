@@ -1,8 +1,8 @@
 """Trains a classifier, standard or adversarially, evaluates it, reports and exports it.
 
-"Better Diffusion Models Further Improve Adversarial Training" (Wang et al., ICML 2023, arXiv:2302.04638) without its
-generated data: TRADES or another objective, weight averaging, one-cycle schedule, the best checkpoint by validation
-PGD accuracy.
+"Better Diffusion Models Further Improve Adversarial Training" (Wang et al., ICML 2023, arXiv:2302.04638): TRADES or another
+objective, with generated images in every batch or without, weight averaging, one-cycle schedule, the best checkpoint by
+validation PGD accuracy.
 """
 
 import contextlib
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
-from jax_trustdiff.data import augment, pipeline
+from jax_trustdiff.data import augment, mixing, pipeline
+from jax_trustdiff.data.records import ImageSource
 from jax_trustdiff.interop import export
 from jax_trustdiff.models.registry import forward_flops, num_params
 from jax_trustdiff.robustness import objectives
@@ -107,9 +108,9 @@ def build_trainer(config, network: Classifier, data: classifiers.ClassifierData,
   parallel.check_batch(batch_size // accumulate, mesh)
   if config.train.num_epochs < 1:
     raise InputError(f"train.num_epochs must be at least 1, found {config.train.num_epochs}")
-  sampler = pipeline.EpochSampler(len(data.train), batch_size, config.seed)
-  # The epoch counts the images before validation was cut off, as the original does (Wang et al. 2023, released code).
+  # The epoch counts the real images before validation was cut off, as the original does (Wang et al. 2023, released code).
   steps_per_epoch = math.ceil(data.epoch_images / batch_size)
+  source, sampler = _mixed(config, data, steps_per_epoch)
   num_epochs = config.train.num_epochs
   schedule = config_lib.build(
     optimizers.SCHEDULES, config.schedule, num_epochs=num_epochs, steps_per_epoch=steps_per_epoch
@@ -144,7 +145,7 @@ def build_trainer(config, network: Classifier, data: classifiers.ClassifierData,
   return Trainer(
     step=state.make_train_step(loss_fn, optimizer, decay, accumulate),
     optimizer=optimizer,
-    feed=pipeline.make_feed(data.train, sampler, mesh, config.train.resident),
+    feed=pipeline.make_feed(source, sampler, mesh, config.train.resident),
     plan=loop.Plan(
       num_steps=num_epochs * steps_per_epoch,
       log_every=config.train.log_every,
@@ -154,6 +155,18 @@ def build_trainer(config, network: Classifier, data: classifiers.ClassifierData,
       profile=loop.parse_profile(config.train.profile),
     ),
   )
+
+
+def _mixed(
+  config, data: classifiers.ClassifierData, steps_per_epoch: int
+) -> tuple[ImageSource, pipeline.Sampler]:
+  """What is trained on and in which order: the real images alone, or with generated ones in every batch."""
+  real, batch_size = data.train, config.train.batch_size
+  if data.generated is None:
+    return real, pipeline.EpochSampler(len(real), batch_size, config.seed)
+  section, sizes = config.mixing, (len(real), len(data.generated))
+  sampler = mixing.MixedSampler(*sizes, batch_size, section.ratio, steps_per_epoch, section.walk, config.seed)
+  return mixing.together(real, data.generated), sampler
 
 
 def _check_batch(network: Classifier, shapes: state.TrainState, batch_size: int) -> None:
@@ -172,8 +185,9 @@ def _say_size(
   network: Classifier, fresh: state.TrainState, data: classifiers.ClassifierData, trainer: Trainer
 ) -> None:
   count = num_params({"params": fresh.params})
+  generated = f" and {len(data.generated):,} generated" if data.generated is not None else ""
   say(
-    f"{count:,} parameters, {forward_flops(network) / 2e9:.3g} GMAC an image; {len(data.train):,} training, "
+    f"{count:,} parameters, {forward_flops(network) / 2e9:.3g} GMAC an image; {len(data.train):,} training{generated}, "
     f"{len(data.validation):,} validation, {len(data.test):,} test images; {trainer.plan.num_steps:,} steps on "
     f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
   )
