@@ -59,6 +59,8 @@ def get_config(variant: str = "") -> ConfigDict:
     ratio=0.3,  # of real images in a batch
     walk="with_replacement",  # as the original draws; 'permutation': all images of a part before any comes again
     num_generated=0,  # the first so many; 0: all
+    labels="",  # labels.npz of label_generated.py: other labels, and those images alone of which it is surest
+    soft_labels=False,  # its probabilities in place of its labels
   )
   config.augment = dict(name="pad_crop_flip", pad=4, flip=True)
   config.objective = dict(

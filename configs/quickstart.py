@@ -39,7 +39,9 @@ def get_config(variant: str = "") -> ConfigDict:
     bn_groups=1,
   )
   config.data = dict(name="digits")
-  config.mixing = dict(generated="", ratio=0.3, walk="with_replacement", num_generated=0)
+  config.mixing = dict(
+    generated="", ratio=0.3, walk="with_replacement", num_generated=0, labels="", soft_labels=False
+  )
   config.augment = dict(name="none")
   config.objectives = dict(
     standard=dict(name="standard", label_smoothing=0.0),

@@ -372,7 +372,7 @@ def test_a_test_folder_keeps_the_numbers_of_the_training_classes(tmp_path):
 
 def run_config(validation_split="first", num_validation=0, **data):
   train = dict(num_train=0, num_validation=num_validation, validation_split=validation_split)
-  mixing = dict(generated="")
+  mixing = dict(generated="", labels="", soft_labels=False)
   return config.from_plain({"data": data, "mixing": mixing, "train": train, "eval": dict(num_test=0)})
 
 

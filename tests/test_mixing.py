@@ -50,17 +50,19 @@ def test_parts_are_listed_or_matched_in_natural_order(tmp_path):
 @pytest.mark.parametrize(
   "path, message",
   [
-    ("", "names no place"),
+    ("", "needs a path"),
     ("{tmp}/part*.npz", "no file or folder matches"),
     ("{tmp}/none", "no such file or folder"),
     ("{tmp}/large.npz", r"images of .*large.npz are \[5, 5, 3\] and the real ones \[4, 4, 3\]"),
-    ("{tmp}/classes", "has 4 classes and the real data 3"),
+    ("{tmp}/classes", "num_classes=3; the store has 4 classes"),
+    ("{tmp}/ok.npz,{tmp}/large.npz", r"image_shape of .*large.npz is \(5, 5, 3\)"),
     ("{tmp}/label.npz", "label 3 is out of range"),
   ],
 )
 def test_places_that_do_not_fit_are_refused(tmp_path, path, message):
   np.savez(tmp_path / "large.npz", image=images(2, 0, 5), label=[0, 1])
   np.savez(tmp_path / "label.npz", image=images(2, 0), label=[0, 3])
+  np.savez(tmp_path / "ok.npz", image=images(2, 0), label=[0, 1])
   write_store(tmp_path / "classes", 4, 0, num_classes=4)
   with pytest.raises(InputError, match=message):
     mixing.generated_source(path.format(tmp=tmp_path), real_source())

@@ -5,18 +5,14 @@ batch with generated images. An epoch is counted in batches of the real data set
 """
 
 import dataclasses
-import glob
-import pathlib
-from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int64
 
-from jax_trustdiff.data.image_store import MANIFEST, PLAN, image_store
 from jax_trustdiff.data.pipeline import EpochSampler
-from jax_trustdiff.data.readers import Rows, natural
+from jax_trustdiff.data.readers import Rows
 from jax_trustdiff.data.records import ImageSource
-from jax_trustdiff.data.sources import npz
+from jax_trustdiff.data.sources import parts
 from jax_trustdiff.types import InputError
 
 WALKS = ("with_replacement", "permutation")
@@ -24,38 +20,31 @@ GENERATED_KEY = 2**31 - 5  # of the generated part's draws, beside the seed: no 
 
 
 def generated_source(path: str, real: ImageSource) -> ImageSource:
-  """The generated images of one or more places, in order, with the classes of `real`.
-
-  path: places separated by commas, each an image store, an .npz file with image and label, or a folder of such files; a
-  pattern with * or ? stands for all that it matches, in natural order. Files are memory-mapped. Ids count the images of all
-  places from 0. InputError for a place that is none of these, or whose images or classes are not those of `real`.
-  """
-  parts = []
-  for place in _places(path):
-    source = image_store(str(place)) if _is_store(place) else npz(str(place), real.num_classes)
-    if source.image_shape != real.image_shape:
-      raise InputError(
-        f"the images of {place} are {list(source.image_shape)} and the real ones {list(real.image_shape)}"
-      )
-    if source.num_classes != real.num_classes:
-      raise InputError(f"{place} has {source.num_classes} classes and the real data {real.num_classes}")
-    parts.append(source)
-  labels = np.concatenate([part.labels for part in parts])
-  images = Rows([part.images for part in parts])
-  return dataclasses.replace(real, images=images, labels=labels, ids=np.arange(len(labels)))
+  """The generated images that `sources.parts` reads at `path`, with the classes of `real`; InputError if they do not fit to it."""
+  found = parts(path, real.num_classes)
+  if found.image_shape != real.image_shape:
+    raise InputError(
+      f"the images of {path} are {list(found.image_shape)} and the real ones {list(real.image_shape)}"
+    )
+  return dataclasses.replace(found, class_names=real.class_names)
 
 
 def together(real: ImageSource, generated: ImageSource) -> ImageSource:
   """Both as one source: positions 0 .. len(real) - 1 are the real images, those after them the generated ones.
 
-  A generated image's id is -1 - (its id among the generated), so that no two images share one.
+  A generated image's id is -1 - (its id among the generated), so that no two images share one. If the generated images have soft
+  labels, those of a real image are 1 for its class and 0 for the others.
   """
-  return dataclasses.replace(
+  both = dataclasses.replace(
     real,
     images=Rows([real.images, generated.images]),
     labels=np.concatenate([real.labels, generated.labels]),
     ids=np.concatenate([real.ids, -1 - generated.ids]),
   )
+  if generated.soft_labels is None:
+    return both
+  certain = np.eye(real.num_classes, dtype=generated.soft_labels.dtype)[real.labels]
+  return dataclasses.replace(both, soft_labels=Rows([certain, generated.soft_labels]))
 
 
 class MixedSampler:
@@ -118,20 +107,3 @@ class MixedSampler:
     permutations = -(-self.steps_per_epoch // per_permutation)
     order = self._real.permutation(epoch * permutations + number)
     return order[slice_ * self.num_real_rows : (slice_ + 1) * self.num_real_rows].astype(np.int64)
-
-
-def _places(path: str) -> Sequence[pathlib.Path]:
-  found = []
-  for pattern in filter(None, map(str.strip, path.split(","))):
-    expanded = str(pathlib.Path(pattern).expanduser())
-    matches = [pathlib.Path(match) for match in glob.glob(expanded)] if glob.has_magic(expanded) else []
-    if glob.has_magic(expanded) and not matches:
-      raise InputError(f"no file or folder matches {pattern}")
-    found += sorted(matches, key=lambda p: (str(p.parent), natural(p))) or [pathlib.Path(expanded)]
-  if not found:
-    raise InputError("generated.path names no place")
-  return found
-
-
-def _is_store(place: pathlib.Path) -> bool:
-  return (place / MANIFEST).is_file() or (place / PLAN).is_file()

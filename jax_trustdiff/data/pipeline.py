@@ -5,6 +5,8 @@ feeds give the same batches. A feed hands the compiled step two things: `arrays`
 a payload for each dispatch of k steps; inside the step `take(arrays, payload of one step)` is the batch
 
     {'image': uint8 [b h w c], 'label': int32 [b], 'id': int32 [b]}
+
+and of a source with soft labels also 'soft_label': float32 [b num_classes].
 """
 
 import sys
@@ -88,15 +90,11 @@ class ResidentFeed:
     _check(source, sampler, mesh)
     self.sampler, self.mesh, self.step = sampler, mesh, 0
     self.image_shape = source.image_shape
+    everything = source.take(np.arange(len(source)))
+    everything["id"] = everything["id"].astype(np.int32)
     # Rows are kept flat: the tiled layout of a TPU would pad 3 channels to 128.
-    self.arrays = parallel.replicate_to_devices(
-      mesh,
-      {
-        "image": np.asarray(source.images).reshape(len(source), -1),
-        "label": source.labels,
-        "id": source.ids.astype(np.int32),
-      },
-    )
+    everything["image"] = everything["image"].reshape(len(source), -1)
+    self.arrays = parallel.replicate_to_devices(mesh, everything)
 
   def take(self, arrays: PyTree, payload: PyTree) -> Batch:
     batch = {name: array.at[payload].get(mode="promise_in_bounds") for name, array in arrays.items()}

@@ -21,6 +21,7 @@ class ImageSource:
   images: uint8 [n h w c], an array or `Rows`, which read memory-mapped files when indexed
   labels: int32 [n] in [0, num_classes)
   ids: int64 [n]; an image's position in its whole data set, the same after any selection
+  soft_labels: float [n num_classes], rows that sum to 1, an array or `Rows`, where labels are not certain; usually None
   """
 
   images: np.ndarray | Rows
@@ -28,6 +29,7 @@ class ImageSource:
   ids: np.ndarray
   class_names: tuple[str, ...]
   num_classes: int
+  soft_labels: np.ndarray | Rows | None = None
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -43,15 +45,27 @@ class ImageSource:
     return self.images.nbytes
 
   def take(self, indices: Positions) -> dict[str, np.ndarray]:
-    """The records at these positions: {'image': uint8 [b h w c], 'label': int32 [b], 'id': int64 [b]}."""
+    """The records at these positions: {'image': uint8 [b h w c], 'label': int32 [b], 'id': int64 [b]}.
+
+    With soft labels also 'soft_label': float32 [b num_classes].
+    """
     indices = np.asarray(indices, np.int64)
-    return {"image": self.images[indices], "label": self.labels[indices], "id": self.ids[indices]}
+    found = {"image": self.images[indices], "label": self.labels[indices], "id": self.ids[indices]}
+    if self.soft_labels is not None:
+      found["soft_label"] = np.asarray(self.soft_labels[indices], np.float32)
+    return found
 
   def select(self, indices: Positions) -> "ImageSource":
     """The source of these rows, in this order; ids stay. Memory-mapped images are not read."""
     indices = np.asarray(indices, np.int64)
-    images = self.images.select(indices) if isinstance(self.images, Rows) else self.images[indices]
-    return dataclasses.replace(self, images=images, labels=self.labels[indices], ids=self.ids[indices])
+
+    def chosen(rows):
+      return rows.select(indices) if isinstance(rows, Rows) else rows[indices]
+
+    parts = {"images": chosen(self.images), "labels": self.labels[indices], "ids": self.ids[indices]}
+    if self.soft_labels is not None:
+      parts["soft_labels"] = chosen(self.soft_labels)
+    return dataclasses.replace(self, **parts)
 
 
 def image_source(

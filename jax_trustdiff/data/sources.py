@@ -8,6 +8,8 @@ What a source takes besides `split` and `class_names` is its section of a config
 the training split, for the test split to number its labels by; `num_classes` 0 means what the data say.
 """
 
+import dataclasses
+import glob
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -15,8 +17,8 @@ import numpy as np
 
 from jax_trustdiff.data import readers
 from jax_trustdiff.data.cifar_archives import cifar_binary, cifar_python
-from jax_trustdiff.data.image_store import image_store
-from jax_trustdiff.data.readers import Decoded, existing, natural, split_folder
+from jax_trustdiff.data.image_store import MANIFEST, PLAN, image_store
+from jax_trustdiff.data.readers import Decoded, Rows, existing, natural, split_folder
 from jax_trustdiff.data.records import SPLITS, ImageSource, agreed_names, check_split, image_source
 from jax_trustdiff.data.tfds import tfds
 from jax_trustdiff.types import InputError
@@ -184,6 +186,30 @@ def npz_or_digits(
   return npz(path, num_classes, split=split, class_names=class_names)
 
 
+def parts(
+  path: str, num_classes: int = 0, *, split: str = "train", class_names: tuple[str, ...] = ()
+) -> ImageSource:
+  """Image stores, .npz files and folders of them as one source, such as a large generated set comes in.
+
+  path: places separated by commas, in order; a pattern with * or ? stands for all that it matches, in natural order. An .npz file
+  has image and label. All is the split 'train'. Ids count the images of all places from 0. InputError for a place that is none of
+  these, and for images or classes that differ.
+  """
+  if split != "train":
+    raise InputError(f"the parts of {path} are the split 'train'; there is no split {split!r}")
+  found = []
+  for place in _places(path):
+    read = image_store if (place / PLAN).is_file() or (place / MANIFEST).is_file() else npz
+    found.append(read(str(place), num_classes, class_names=class_names))
+    for what in ("image_shape", "num_classes"):
+      of_first, of_this = getattr(found[0], what), getattr(found[-1], what)
+      if of_this != of_first:
+        raise InputError(f"the {what} of {place} is {of_this} and that of the first part {of_first}")
+  labels = np.concatenate([part.labels for part in found])
+  images = Rows([part.images for part in found])
+  return dataclasses.replace(found[0], images=images, labels=labels, ids=np.arange(len(labels)))
+
+
 SOURCES: dict[str, Callable[..., ImageSource]] = {
   "npz": npz,
   "npy": npy,
@@ -193,12 +219,29 @@ SOURCES: dict[str, Callable[..., ImageSource]] = {
   "tfds": tfds,
   "idx": idx,
   "image_store": image_store,
+  "parts": parts,
   "digits": digits,
   "npz_or_digits": npz_or_digits,
 }
 
 
 # ---- helpers ----
+
+
+def _places(path: str) -> list[pathlib.Path]:
+  found = []
+  for pattern in filter(None, map(str.strip, path.split(","))):
+    expanded = str(pathlib.Path(pattern).expanduser())
+    if not glob.has_magic(expanded):
+      found.append(pathlib.Path(expanded))
+      continue
+    matches = [pathlib.Path(match) for match in glob.glob(expanded)]
+    if not matches:
+      raise InputError(f"no file or folder matches {pattern}")
+    found += sorted(matches, key=lambda match: (str(match.parent), natural(match)))
+  if not found:
+    raise InputError("this data set needs a path: image stores, .npz files or folders of them")
+  return found
 
 
 def _split_files(root: pathlib.Path, pattern: str, split: str) -> list[pathlib.Path]:

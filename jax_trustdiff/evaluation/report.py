@@ -338,6 +338,29 @@ def bars(
     figure.legend(loc="outside upper left", ncols=len(names), handlelength=1.2)
 
 
+def histogram(
+  values: Mapping[str, np.ndarray],
+  path: Path,
+  *,
+  xlabel: str,
+  ylabel: str,
+  limits: tuple[float, float],
+  num_bins: int = 50,
+) -> None:
+  """PNG with how often values [n] occur in equal bins between the limits, the series stacked; those without values are left out."""
+  values = {name: np.asarray(series) for name, series in values.items() if len(series)}
+  if not values:
+    raise InputError("a histogram needs at least one value")
+  with _figure(path, (5.2, 3.4)) as figure:
+    axis = figure.subplots()
+    colours = [_PALETTE[i % len(_PALETTE)] for i in range(len(values))]
+    axis.hist(list(values.values()), num_bins, limits, stacked=True, label=list(values), color=colours)
+    axis.set_xlim(*limits)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.legend(loc="best", handlelength=1.2)
+
+
 # ---- accuracy against something ----
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
 from jax_trustdiff.attacks.registry import ATTACKS
-from jax_trustdiff.data import mixing, pipeline, records, sources
+from jax_trustdiff.data import mixing, pipeline, pseudo_labels, records, sources
 from jax_trustdiff.evaluation import accuracy
 from jax_trustdiff.interop import export, graph_npz, pretrained
 from jax_trustdiff.models.registry import MODELS, bind
@@ -52,10 +52,21 @@ def load_data(config) -> ClassifierData:
 
 
 def _load_generated(section, real: sources.ImageSource) -> sources.ImageSource | None:
-  """The images that the section `mixing` names, the first num_generated of them (0: all); None if it names none."""
+  """The images that the section `mixing` names, with the labels it names, the first num_generated of them (0: all).
+
+  None if it names none. InputError for labels without images.
+  """
   if not section.generated:
+    if section.labels or section.soft_labels:
+      raise InputError(
+        "mixing.labels and mixing.soft_labels are of generated images, and mixing.generated names none"
+      )
     return None
   found = mixing.generated_source(section.generated, real)
+  if section.labels:
+    found = pseudo_labels.load(section.labels).apply(found, section.soft_labels)
+  elif section.soft_labels:
+    raise InputError("mixing.soft_labels needs mixing.labels, a file of labels with probabilities")
   return records.limit(found, section.num_generated) if section.num_generated else found
 
 

@@ -5,8 +5,6 @@ in workdir/journal until the result is written.
 """
 
 import fractions
-import os
-import pathlib
 import shutil
 import zlib
 
@@ -21,6 +19,7 @@ from jax_trustdiff.evaluation import statistics
 from jax_trustdiff.interop import robustbench
 from jax_trustdiff.models.registry import bind
 from jax_trustdiff.tasks import classifiers, reports
+from jax_trustdiff.tasks.journal import FolderJournal
 from jax_trustdiff.training.progress import ProgressReport, say
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, to_unit
@@ -157,34 +156,3 @@ def _examples(source, verdicts, pgd: str, result: autoattack.Result) -> dict[str
     "evaluations": result.when.tolist(),
     "prediction": result.prediction.tolist(),
   }
-
-
-class FolderJournal:
-  """An `autoattack.Journal` of .npz files, each written whole or not at all.
-
-  What `get` finds was there when the journal was opened: processes of one run must agree on it.
-  """
-
-  def __init__(self, folder: pathlib.Path):
-    self._folder = folder
-    if parallel.is_main_process():
-      folder.mkdir(exist_ok=True)
-    parallel.barrier("journal")
-    self._known = {file.stem for file in folder.glob("*.npz")}
-    if self._known:
-      say(f"{len(self._known)} chunks are there already")
-
-  def get(self, name: str) -> dict[str, np.ndarray] | None:
-    if name not in self._known:
-      return None
-    with np.load(self._folder / f"{name}.npz", allow_pickle=False) as file:
-      return {key: file[key] for key in file.files}
-
-  def put(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-    if parallel.is_main_process():
-      temporary = self._folder / f".{name}.tmp"
-      with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(temporary, self._folder / f"{name}.npz")

@@ -126,10 +126,9 @@ def build_trainer(config, network: Classifier, data: classifiers.ClassifierData,
     augment_key, attack_key = jax.random.split(key)
     x = to_unit(transform(batch["image"], augment_key))
     variables = {"params": params, **collections}
-    x_adv = objective.attack(network, jax.lax.stop_gradient(variables), x, batch["label"], attack_key)
-    loss, moments, metrics = objective.loss(
-      network, variables, x, jax.lax.stop_gradient(x_adv), batch["label"]
-    )
+    y = batch.get("soft_label", batch["label"])
+    x_adv = objective.attack(network, jax.lax.stop_gradient(variables), x, y, attack_key)
+    loss, moments, metrics = objective.loss(network, variables, x, jax.lax.stop_gradient(x_adv), y)
     # The first batch replaces initial statistics, but not those that came with trained parameters.
     first = config.train.bn_momentum if config.init_from else 1.0
     momentum = jnp.where(step == 0, first, config.train.bn_momentum)
