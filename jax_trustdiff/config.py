@@ -196,7 +196,9 @@ def find_recipe(path: str) -> pathlib.Path:
   for candidate in (pathlib.Path(path), *(root / path for root in _RECIPE_ROOTS)):
     if candidate.is_file():
       return candidate.resolve()
-  known = sorted({f"configs/{p.name}" for root in _RECIPE_ROOTS for p in (root / "configs").glob("*.py")})
+  known = sorted(
+    {str(p.relative_to(root)) for root in _RECIPE_ROOTS for p in (root / "configs").rglob("*.py")}
+  )
   raise InputError(f"no recipe {path!r}{_did_you_mean(path, known)}; installed recipes: {', '.join(known)}")
 
 

@@ -5,8 +5,6 @@ Exit codes: 0 done; 1 the run failed (one line says why); 2 bad input, nothing w
 """
 
 import errno
-import importlib
-import importlib.util
 import pathlib
 import re
 import sys
@@ -66,13 +64,13 @@ def _run(argv: list[str]) -> int:
       print(f"{key} = {value!r}")
     return 0
 
-  from jax_trustdiff import parallel
+  from jax_trustdiff import parallel, tasks
   from jax_trustdiff.tasks import seeds
   from jax_trustdiff.training.workdir import Workdir
 
   parallel.start_distributed(options.coordinator, options.num_processes, options.process_id)
   parallel.enable_compilation_cache()
-  task = find_task(config.task)
+  task = tasks.find(config.task)
   name = pathlib.Path(recipe.partition(":")[0]).stem
   workdir = Workdir(options.workdir or f"runs/{name}-{config_lib.config_hash(config)}", config)
   metrics = workdir.complete(lambda: seeds.run(task.run, config, workdir))
@@ -81,17 +79,6 @@ def _run(argv: list[str]) -> int:
       print(f"{key} = {value:.4f}" if isinstance(value, float) else f"{key} = {value}")
     print(f"result: {workdir.path / 'result.json'}")
   return 0
-
-
-def find_task(name: str):
-  """The module jax_trustdiff.tasks.<name>; InputError listing the tasks if there is none."""
-  from jax_trustdiff.types import InputError
-
-  folder = pathlib.Path(__file__).parent / "tasks"
-  known = sorted(p.stem for p in folder.glob("*.py") if "def run(config" in p.read_text())
-  if name not in known:
-    raise InputError(f"unknown task {name!r}; known: {', '.join(known)}")
-  return importlib.import_module(f"jax_trustdiff.tasks.{name}")
 
 
 def _parse(argv: list[str]):

@@ -1,6 +1,5 @@
 """Labels of generated images by a classifier, the choice of the surest, and training on them."""
 
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -133,7 +132,9 @@ def test_the_task_orders_by_the_probability_of_the_given_label(tmp_path):
   config = config_lib.load(RECIPE)
   digits = config_lib.build(classifiers.sources.SOURCES, config.generated, split="train")
   network, variables, _ = classifiers.load_classifier(config, digits)
-  logits = np.asarray(classifiers.bind(network, variables)(jnp.asarray(digits.images[:500] / np.float32(255))))
+  logits = np.asarray(
+    classifiers.bind(network, variables)(jnp.asarray(digits.images[:500] / np.float32(255)))
+  )
   p = np.exp(logits - logits.max(1, keepdims=True))
   p /= p.sum(1, keepdims=True)
   given = digits.labels[:500]

@@ -354,9 +354,7 @@ def histogram(
   with _figure(path, (5.2, 3.4)) as figure:
     axis = figure.subplots()
     colours = [_PALETTE[i % len(_PALETTE)] for i in range(len(values))]
-    axis.hist(
-      list(values.values()), num_bins, range=limits, stacked=True, label=list(values), color=colours
-    )
+    axis.hist(list(values.values()), num_bins, range=limits, stacked=True, label=list(values), color=colours)
     axis.set_xlim(*limits)
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)

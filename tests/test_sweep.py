@@ -1,0 +1,128 @@
+"""Tables of runs: what runs when, what is in the table, and that a sweep goes on where it was."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from jax_trustdiff import config as config_lib
+from jax_trustdiff import tasks
+from jax_trustdiff.tasks import sweep
+from jax_trustdiff.training.workdir import Workdir
+from jax_trustdiff.types import InputError, RunError
+
+RECIPE = "configs/sweeps/overfitting.py:smoke"
+
+
+@pytest.fixture
+def runs(monkeypatch):
+  """What was run, in order; the runs are replaced by ones that take no time."""
+  done, dying = [], []
+
+  def fake(config, workdir):
+    if dying and len(done) == dying[0]:
+      raise RunError("cut off")
+    workdir.open()
+    done.append(str(workdir.path.relative_to(workdir._parent.path)))
+    if config.task == "evaluate_robustness":
+      assert config.init_from == f"{str(workdir.path).removesuffix('-autoattack')}/export"
+      return {"autoattack_accuracy": 0.25}
+    if config.task == "generate":
+      return {}
+    generated = config.mixing.generated
+    assert generated in ("", str(workdir._parent.path / "images/images"))
+    for step, value in ((8, 0.5), (16, 0.3)):
+      workdir.append_metrics(step, {"validation/pgd2_accuracy": value + 0.1 * config.seed})
+    best = 0.5 + 0.1 * config.seed
+    return {"pgd5_accuracy": best, "last/pgd5_accuracy": best - (0.0 if generated else 0.2)}
+
+  monkeypatch.setattr(tasks, "find", lambda name: types.SimpleNamespace(run=fake))
+  return types.SimpleNamespace(done=done, dying=dying)
+
+
+def run(folder, **overrides):
+  config = config_lib.load(RECIPE, {name.replace("__", "."): value for name, value in overrides.items()})
+  workdir = Workdir(folder, config)
+  return workdir.complete(lambda: sweep.run(config, workdir))
+
+
+def test_stages_once_and_rows_for_every_seed(tmp_path, runs):
+  metrics = run(tmp_path / "run")
+  rows = [
+    f"{row}/seed-{seed}{end}"
+    for seed in (0, 1)
+    for row in ("generated", "none")
+    for end in ("", "-autoattack")
+  ]
+  assert runs.done[0] == "images" and sorted(runs.done[1:]) == sorted(rows)
+  assert runs.done.index("none/seed-1") > runs.done.index("generated/seed-0-autoattack")  # seed by seed
+  np.testing.assert_allclose(metrics["none/best"], 0.55)
+  # Student's interval of two values 0.1 apart: t(0.975; 1) = 12.706 times 0.0707 / sqrt 2
+  np.testing.assert_allclose(metrics["none/best/interval"], 12.7062 * 0.05, rtol=1e-4)
+  np.testing.assert_allclose([metrics["none/gap"], metrics["none/gap/interval"]], [0.2, 0], atol=1e-12)
+  np.testing.assert_allclose(
+    [metrics["generated/gap"], metrics["generated/AutoAttack"]], [0, 0.25], atol=1e-12
+  )
+
+
+def test_the_table_the_curves_and_every_seed(tmp_path, runs):
+  run(tmp_path / "run")
+  lines = (tmp_path / "run/report/table.md").read_text().splitlines()
+  assert lines[0] == "|  | AutoAttack | best | gap | last | published |"
+  assert lines[3] == "| none | 25.0% ± 0.0 | 55.0% ± 63.5 | 20.0% ± 0.0 | 35.0% ± 63.5 | nothing |"
+  assert (tmp_path / "run/report/curves.png").stat().st_size > 0
+  page = (tmp_path / "run/report/report.html").read_text()
+  assert "55.0% ± 63.5" in page and "validation/pgd2_accuracy against the epoch" in page
+  result = json.loads((tmp_path / "run/result.json").read_text())
+  np.testing.assert_allclose(result["seeds"]["none"]["best"], [0.5, 0.6])
+  config = config_lib.load(RECIPE)
+  curves = sweep._curves(
+    config, sweep._Plan(config, Workdir(tmp_path / "run", config)), Workdir(tmp_path / "run", config)
+  )
+  assert curves["none"][0] == [1.0, 2.0]
+  np.testing.assert_allclose(curves["none"][1], [0.55, 0.35])
+
+
+def test_a_sweep_goes_on_where_it_was(tmp_path, runs):
+  runs.dying.append(4)
+  with pytest.raises(RunError, match="cut off"):
+    run(tmp_path / "run")
+  first = list(runs.done)
+  runs.dying.clear()
+  metrics = run(tmp_path / "run")
+  assert len(first) == 4 and len(runs.done) == 9 and len(set(runs.done)) == 9
+  assert metrics == run(tmp_path / "other")
+
+
+def test_one_seed_has_no_interval(tmp_path, runs):
+  metrics = run(tmp_path / "run", sweep_seeds="3")
+  assert "none/best/interval" not in metrics and metrics["none/best"] == pytest.approx(0.8)
+  assert "80.0% |" in (tmp_path / "run/report/table.md").read_text()
+
+
+@pytest.mark.parametrize(
+  "key, value, message",
+  [
+    ("rows.none", "configs/at_cifar.py:smok", "unknown variant 'smok'"),
+    (
+      "rows.none",
+      "configs/at_cifar.py:smoke,mixing.generated={pictures}",
+      "speaks of {pictures}; there are images",
+    ),
+    ("stages.images", "configs/none.py", "no recipe 'configs/none.py'"),
+    ("columns.best", "attack:accuracy", "is of no run of a row; there are train, autoattack"),
+    ("sweep_seeds", "one", "seeds"),
+  ],
+)
+def test_mistakes_are_found_before_anything_runs(tmp_path, runs, key, value, message):
+  with pytest.raises(InputError, match=message):
+    run(tmp_path / "run", **{key.replace(".", "__"): value})
+  assert not runs.done and not (tmp_path / "run").exists()
+
+
+def test_an_unknown_metric_is_named(tmp_path, runs):
+  with pytest.raises(
+    InputError, match="no metric 'train:accuracy'; there are autoattack:autoattack_accuracy, train:"
+  ):
+    run(tmp_path / "run", columns__best="train:accuracy")
