@@ -12,7 +12,8 @@ from jax_trustdiff.tasks import sweep
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, RunError
 
-RECIPE = "configs/sweeps/overfitting.py:smoke"
+TABLES = ("overfitting", "epochs", "sampling_steps", "augmentations", "datasets")
+RECIPE = "configs/sweeps/better_diffusion.py:smoke"
 
 
 @pytest.fixture
@@ -35,7 +36,11 @@ def runs(monkeypatch):
     for step, value in ((8, 0.5), (16, 0.3)):
       workdir.append_metrics(step, {"validation/pgd2_accuracy": value + 0.1 * config.seed})
     best = 0.5 + 0.1 * config.seed
-    return {"pgd5_accuracy": best, "last/pgd5_accuracy": best - (0.0 if generated else 0.2)}
+    return {
+      "clean_accuracy": 0.75,
+      "pgd5_accuracy": best,
+      "last/pgd5_accuracy": best - (0.0 if generated else 0.2),
+    }
 
   monkeypatch.setattr(tasks, "find", lambda name: types.SimpleNamespace(run=fake))
   return types.SimpleNamespace(done=done, dying=dying)
@@ -62,15 +67,17 @@ def test_stages_once_and_rows_for_every_seed(tmp_path, runs):
   np.testing.assert_allclose(metrics["none/best/interval"], 12.7062 * 0.05, rtol=1e-4)
   np.testing.assert_allclose([metrics["none/gap"], metrics["none/gap/interval"]], [0.2, 0], atol=1e-12)
   np.testing.assert_allclose(
-    [metrics["generated/gap"], metrics["generated/AutoAttack"]], [0, 0.25], atol=1e-12
+    [metrics["generated/gap"], metrics["generated/autoattack"]], [0, 0.25], atol=1e-12
   )
 
 
 def test_the_table_the_curves_and_every_seed(tmp_path, runs):
   run(tmp_path / "run")
   lines = (tmp_path / "run/report/table.md").read_text().splitlines()
-  assert lines[0] == "|  | AutoAttack | best | gap | last | published |"
-  assert lines[3] == "| none | 25.0% ± 0.0 | 55.0% ± 63.5 | 20.0% ± 0.0 | 35.0% ± 63.5 | nothing |"
+  assert lines[0] == "|  | clean | best | last | gap | autoattack | published |"
+  assert (
+    lines[2] == "| none | 75.0% ± 0.0 | 55.0% ± 63.5 | 35.0% ± 63.5 | 20.0% ± 0.0 | 25.0% ± 0.0 | nothing |"
+  )
   assert (tmp_path / "run/report/curves.png").stat().st_size > 0
   page = (tmp_path / "run/report/report.html").read_text()
   assert "55.0% ± 63.5" in page and "validation/pgd2_accuracy against the epoch" in page
@@ -108,11 +115,12 @@ def test_one_seed_has_no_interval(tmp_path, runs):
     (
       "rows.none",
       "configs/at_cifar.py:smoke,mixing.generated={pictures}",
-      "speaks of {pictures}; there are images",
+      "speaks of {pictures}; there are generated, generator",
     ),
     ("stages.images", "configs/none.py", "no recipe 'configs/none.py'"),
     ("columns.best", "attack:accuracy", "is of no run of a row; there are train, autoattack"),
     ("sweep_seeds", "one", "seeds"),
+    ("order.rows", ("none",), "order.rows and rows do not have the same names: 'generated'"),
   ],
 )
 def test_mistakes_are_found_before_anything_runs(tmp_path, runs, key, value, message):
@@ -126,3 +134,12 @@ def test_an_unknown_metric_is_named(tmp_path, runs):
     InputError, match="no metric 'train:accuracy'; there are autoattack:autoattack_accuracy, train:"
   ):
     run(tmp_path / "run", columns__best="train:accuracy")
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_table_can_be_planned(tmp_path, table):
+  """Every recipe in it can be loaded, and every row has what was published of it."""
+  config = config_lib.load(f"configs/sweeps/better_diffusion.py:{table}")
+  plan = sweep._Plan(config, Workdir(tmp_path / "run", config))
+  assert set(config.published) <= set(plan.rows) and len(plan.rows) >= 3
+  assert len(config.published) >= len(plan.rows) / 2

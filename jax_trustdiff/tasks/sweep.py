@@ -23,9 +23,10 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 
   config.stages: {name: recipe}, run once each in workdir/<name>, in order. config.rows: {row: recipe}, run for every seed in
   workdir/<row>/seed-<seed>. config.evaluations: {name: recipe}, run for every row and seed in workdir/<row>/seed-<seed>-<name>.
-  A recipe is what --config takes, 'configs/at_cifar.py:cpu,train.num_epochs=20'. Every {name} in it stands for a path: {data} for
-  config.data_path, {generated} for config.generated, {<stage>} for the folder of a stage, and, in evaluations, {row} for that of the row and seed.
-  config.columns: {column: 'train:<metric>' or '<evaluation>:<metric>'}, also as a difference 'a - b'. config.published: {row: text}.
+  A recipe is what --config takes, 'configs/at_cifar.py:cpu,train.num_epochs=20'. A {word} in it stands for a path: {data},
+  {generated}, {generator} and {unconditional} for the config's keys of these names, {workdir}, and {<stage>} for the folder of a
+  stage; in evaluations also {row} for the folder of the row and seed, and {name} for the name of the row.
+  config.order: {'stages', 'rows', 'columns': their names in order}. config.columns: {column: 'train:<metric>' or '<evaluation>:<metric>'}, also as a difference 'a - b'. config.published: {row: text}.
   config.curve: the metric of metrics.jsonl that is drawn against the epoch ('': none), of which there are config.epoch_steps steps.
 
   Writes workdir/report: table.md, the curves and report.html. A part that has finished is not run again.
@@ -54,42 +55,46 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
+  """A run: its folder in that of the sweep, and its recipe with the paths in it."""
+
   folder: str
   recipe: str
 
 
 class _Plan:
-  """Every run of the sweep, each of which can be loaded: mistakes are found before the first begins."""
+  """Every run of the sweep. Each is loaded here, so that mistakes are found before the first begins."""
 
   def __init__(self, config, workdir: Workdir):
     self._config, self._workdir = config, workdir
+    self._places = {name: config[name] for name in ("generated", "generator", "unconditional")}
+    self._places |= {"data": config.data_path, "workdir": str(workdir.path)}
+    stages, rows, self.columns = (_ordered(config, name) for name in ("stages", "rows", "columns"))
+    self._places |= {name: str(workdir / name) for name in stages}
     self.seeds = config_lib.parse_seeds(config.sweep_seeds, config.seed)
-    self.columns = config_lib.to_plain(config.columns)
-    self.rows = list(config.rows)
-    self.stages = {name: _Part(name, recipe) for name, recipe in config.stages.items()}
+    self.rows = list(rows)
+    self.stages = {name: self._part(name, recipe) for name, recipe in stages.items()}
     taken = [name for name in self.rows if name in self.stages]
     if taken or not self.rows:
       raise InputError(f"{taken[0]!r} is a row and a stage" if taken else "a sweep needs rows")
     for part in (*self.stages.values(), *(p for row in self.rows for p in self.parts(row, 0).values())):
-      self._load(part)
+      config_lib.load(part.recipe)
     for name, formula in self.columns.items():
       for term in _terms(formula):
         if term.partition(":")[0] not in (TRAINING, *config.evaluations):
-          raise InputError(
-            f"column {name!r}: {term!r} is of no run of a row; there are {TRAINING}, {', '.join(config.evaluations)}"
-          )
+          known = ", ".join((TRAINING, *config.evaluations))
+          raise InputError(f"column {name!r}: {term!r} is of no run of a row; there are {known}")
 
   def parts(self, row: str, seed: int) -> dict[str, _Part]:
     """{'train' or an evaluation: its run} of a row with a seed."""
-    config, folder = self._config, f"{row}/seed-{seed}"
-    found = {TRAINING: _Part(folder, f"{config.rows[row]},seed={seed}")}
-    for name, recipe in config.evaluations.items():
-      found[name] = _Part(f"{folder}-{name}", recipe.replace("{row}", str(self._workdir / folder)))
+    folder = f"{row}/seed-{seed}"
+    found = {TRAINING: self._part(folder, f"{self._config.rows[row]},seed={seed}")}
+    for name, recipe in self._config.evaluations.items():
+      found[name] = self._part(f"{folder}-{name}", recipe, row=str(self._workdir / folder), name=row)
     return found
 
   def complete(self, part: _Part, what: str) -> dict[str, float]:
     """The metrics of a run, which is run if it is not finished."""
-    config = self._load(part)
+    config = config_lib.load(part.recipe)
     folder = self._workdir.sub(part.folder, config)
 
     def begin():
@@ -98,13 +103,21 @@ class _Plan:
 
     return folder.complete(begin)
 
-  def _load(self, part: _Part):
-    places = {name: str(self._workdir / stage.folder) for name, stage in self.stages.items()}
-    places |= {"data": self._config.data_path, "generated": self._config.generated}
-    names = [name for _, name, _, _ in string.Formatter().parse(part.recipe) if name is not None]
-    if unknown := [name for name in names if name not in places]:
-      raise InputError(f"{part.recipe!r} speaks of {{{unknown[0]}}}; there are {', '.join(places)}")
-    return config_lib.load(part.recipe.format(**places))
+  def _part(self, folder: str, recipe: str, **more: str) -> _Part:
+    places = self._places | more
+    words = [word for _, word, _, _ in string.Formatter().parse(recipe) if word is not None]
+    if unknown := [word for word in words if word not in places]:
+      raise InputError(f"{recipe!r} speaks of {{{unknown[0]}}}; there are {', '.join(places)}")
+    return _Part(folder, recipe.format(**places))
+
+
+def _ordered(config, section: str) -> dict[str, str]:
+  """A section in the order that config.order gives its keys, which a ConfigDict does not keep."""
+  if wrong := set(config[section]) ^ set(config.order[section]):
+    raise InputError(
+      f"order.{section} and {section} do not have the same names: {sorted(wrong)[0]!r} is in one alone"
+    )
+  return {name: config[section][name] for name in config.order[section]}
 
 
 def _terms(formula: str) -> list[str]:

@@ -1,0 +1,200 @@
+"""The tables of "Better Diffusion Models Further Improve Adversarial Training" (Wang et al., ICML 2023, arXiv:2302.04638).
+
+    python -m jax_trustdiff.main --config=configs/sweeps/better_diffusion.py:overfitting --workdir=tables/overfitting \
+      --config.data_path=<CIFAR-10 npz folder> --config.generated=<image store or .npz files>
+
+One command for each table, which goes on where it was cut off; a row is trained once for every seed of sweep_seeds. report/ has the
+table in markdown beside the published numbers, and validation accuracy against the epoch.
+
+  overfitting      none, and 50K to 1M generated images, for 400 epochs: best checkpoint, last checkpoint, and the gap (the default)
+  epochs           400 to 2400 epochs with 20M generated images
+  sampling_steps   generated here, with and without classes, by 5 to 40 steps (generator, unconditional: exports or EDM snapshots):
+                   FID against robust accuracy
+  augmentations    common, Cutout, CutMix, AutoAugment, RandAugment and IDBH with 1M generated images
+  datasets         CIFAR-100, SVHN and Tiny ImageNet in data_path/<name>, with 1M images in generated/<name>
+  cpu              overfitting in small, on Fashion-MNIST (data_path: a folder with its four idx files): a U-Net is trained on 2000
+                   images and makes 10,000, and small classifiers are trained on the 2000 with and without these
+  smoke            a minute; the bundled digits
+
+Cost on CIFAR-10: 5.7e18 FLOP for a run of 400 epochs with a WRN-28-10. The published numbers are of AutoAttack, in percent.
+"""
+
+from ml_collections import ConfigDict
+
+from jax_trustdiff import config as config_lib
+from jax_trustdiff.types import InputError
+
+TABLES = ("overfitting", "epochs", "sampling_steps", "augmentations", "datasets")
+VARIANTS = (*TABLES, "cpu", "smoke")
+RECIPE = "configs/at_cifar.py:data.path={data}"
+GENERATED = "mixing.generated={generated}"
+
+
+EVALUATION = "configs/eval_robust.py:init_from={row}/export,data.path={data}"
+ACCURACIES = dict(
+  clean="train:clean_accuracy", pgd40="train:pgd40_accuracy", autoattack="autoattack:autoattack_accuracy"
+)
+OVERFITTING = dict(
+  clean="train:clean_accuracy",
+  best="train:pgd40_accuracy",
+  last="train:last/pgd40_accuracy",
+  gap="train:pgd40_accuracy - train:last/pgd40_accuracy",
+  autoattack="autoattack:autoattack_accuracy",
+)
+
+
+def get_config(variant: str = "") -> ConfigDict:
+  """The sweep of one table, 'overfitting' without a variant; 'cpu' for a small one on Fashion-MNIST."""
+  names, overrides = config_lib.parse_variant(variant, VARIANTS)
+  if len(names) > 1:
+    raise InputError(f"a sweep is of one table: choose one of {', '.join(names)}")
+  config = ConfigDict()
+  config.task = "sweep"
+  config.seed = 0
+  config.seeds = ""
+  config.sweep_seeds = "0,1,2"
+  config.data_path = "data/cifar10"
+  config.generated = "data/generated"
+  config.generator = "data/edm-cifar10-32x32-cond-vp.pkl"  # of sampling_steps
+  config.unconditional = "data/edm-cifar10-32x32-uncond-vp.pkl"
+  table = dict(stages={}, evaluations=dict(autoattack=EVALUATION), columns=ACCURACIES, published={})
+  table |= dict(curve="validation/pgd40_accuracy", epoch_steps=98)
+  table |= globals()[f"_{names[0] if names else 'overfitting'}"]()
+  ordered = ("stages", "rows", "columns")  # a ConfigDict does not keep the order of its keys
+  config.update(table | {"order": {name: tuple(table[name]) for name in ordered}})
+  return config_lib.finish(config, overrides)
+
+
+def _overfitting():
+  rows, published = {"none": RECIPE}, {"none": "54.57, gap 9.1"}
+  for name, count, text in (
+    ("50K", 50, "gap 6.9"),
+    ("100K", 100, "gap 5.4"),
+    ("200K", 200, "gap 0.8"),
+    ("500K", 500, "gap about 0"),
+    ("1M", 1000, "63.35, gap about 0"),
+  ):
+    rows[name] = f"{RECIPE},{GENERATED},mixing.num_generated={1000 * count}"
+    published[name] = text
+  title = "Robust overfitting and the amount of generated data"
+  return dict(title=title, rows=rows, columns=OVERFITTING, published=published)
+
+
+def _epochs():
+  shared = f"{RECIPE},{GENERATED},mixing.ratio=0.2,train.batch_size=2048"
+  published = {400: "63.7", 800: "65.7", 1200: "66.3", 1600: "67.1", 2000: "67.2", 2400: "67.3"}
+  return dict(
+    title="Epochs with 20 million generated images",
+    rows={f"{epochs}_epochs": f"{shared},train.num_epochs={epochs}" for epochs in published},
+    published={f"{epochs}_epochs": text for epochs, text in published.items()},
+    epoch_steps=25,
+  )
+
+
+def _sampling_steps():
+  """With classes, and without: then a classifier trained as usual labels the images."""
+  published = {5: "FID 35.54, 57.78", 10: "FID 2.477, 62.81", 15: "FID 1.848, 63.24", 20: "FID 1.824, 63.35"}
+  published |= {
+    25: "FID 1.843, 63.31",
+    30: "FID 1.861, 63.25",
+    35: "FID 1.874, 63.13",
+    40: "FID 1.883, 63.03",
+  }
+  make = "configs/generate_cifar.py:generate.num_images=1000000"
+  stages, conditional, unconditional = {"classifier": f"{RECIPE},objective.name=standard"}, {}, {}
+  for n in published:
+    images, others = f"images_conditional_{n}", f"images_unconditional_{n}"
+    stages[images] = f"{make},init_from={{generator}},sampler.num_steps={n}"
+    stages[others] = f"{make},init_from={{unconditional}},sampler.num_steps={n}"
+    stages[f"labels_{n}"] = (
+      f"configs/label_generated.py:init_from={{classifier}}/export,label.whose=predicted,generated.path={{{others}}}/images"
+    )
+    conditional[f"conditional_{n}"] = f"{RECIPE},mixing.generated={{{images}}}/images"
+    labels = f"mixing.labels={{labels_{n}}}/labels.npz"
+    unconditional[f"unconditional_{n}"] = f"{RECIPE},mixing.generated={{{others}}}/images,{labels}"
+  fid = "configs/evaluate_generation.py:generated.path={workdir}/images_{name}/images,eval.num_generated=50000,data.path={data}"
+  return dict(
+    title="Sampling steps: FID and robust accuracy",
+    stages=stages,
+    rows=conditional | unconditional,
+    evaluations=dict(autoattack=EVALUATION, fid=fid),
+    columns=dict(fid="fid:fid") | ACCURACIES,
+    published={f"conditional_{n}": text for n, text in published.items()},
+  )
+
+
+def _augmentations():
+  shared = f"{RECIPE},{GENERATED}"
+  return dict(
+    title="Augmentations",
+    rows=dict(
+      common=shared,
+      cutout=f"{shared},augment.name=cutout",
+      cutmix=f"{shared},train.cutmix=4,train.batch_size=128",
+      auto_augment=f"{shared},augment.name=auto_augment",
+      rand_augment=f"{shared},augment.name=rand_augment",
+      idbh=f"{shared},augment.name=idbh",
+    ),
+    published=dict(
+      common="63.35", cutout="63.30", cutmix="62.81", auto_augment="62.86", rand_augment="63.12", idbh="63.24"
+    ),
+  )
+
+
+def _datasets():
+  changes = dict(
+    cifar100="mixing.ratio=0.3",
+    svhn="mixing.ratio=0.2,train.batch_size=1024,train.num_epochs=800",
+    tinyimagenet="mixing.ratio=0.4",
+  )
+  places = "data.path={{data}}/{0},mixing.generated={{generated}}/{0}"
+  return dict(
+    title="Data sets, with 1 million generated images",
+    rows={
+      name: f"configs/at_cifar.py:{name},{places.format(name)},{change}" for name, change in changes.items()
+    },
+    evaluations=dict(
+      autoattack="configs/eval_robust.py:init_from={row}/export,data.path={data}/{name},data.num_classes=0"
+    ),
+    published=dict(
+      cifar100="68.06 clean, 35.65", svhn="95.19 clean, 61.85", tinyimagenet="53.62 clean, 23.40"
+    ),
+    curve="",  # their epochs differ in steps
+  )
+
+
+def _cpu():
+  data = "data.name=idx,data.path={data},train.num_train=2000"
+  shared = (
+    f"configs/at_cifar.py:cpu,{data},model.mean=(0.286,),model.std=(0.353,),train.num_validation=500,"
+    "train.num_epochs=60,eval.num_test=2000"
+  )
+  return dict(
+    title="Robust overfitting on 2000 images of Fashion-MNIST",
+    stages=dict(
+      generator=f"configs/edm_cifar.py:cpu,{data},train.num_validation=0",
+      images="configs/generate_cifar.py:cpu,init_from={generator}/export,generate.num_images=10000",
+    ),
+    rows=dict(none=shared, generated=f"{shared},mixing.generated={{images}}/images"),
+    evaluations=dict(
+      autoattack="configs/eval_robust.py:cpu,init_from={row}/export,data.name=idx,data.path={data},eval.num_test=2000"
+    ),
+    columns=OVERFITTING,
+    curve="validation/pgd10_accuracy",
+    epoch_steps=32,
+  )
+
+
+def _smoke():
+  shared = "configs/at_cifar.py:smoke"
+  return dict(
+    title="Robust overfitting, a smoke test",
+    sweep_seeds="0,1",
+    stages=dict(images="configs/generate_cifar.py:smoke"),
+    rows=dict(none=shared, generated=f"{shared},mixing.generated={{images}}/images,mixing.ratio=0.5"),
+    evaluations=dict(autoattack="configs/eval_robust.py:smoke,init_from={row}/export"),
+    columns={name: formula.replace("pgd40", "pgd5") for name, formula in OVERFITTING.items()},
+    published=dict(none="nothing"),
+    curve="validation/pgd2_accuracy",
+    epoch_steps=8,
+  )
