@@ -1,5 +1,11 @@
 """Generated images beside real ones: places, the source of both, and what batches are made of."""
 
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -8,6 +14,8 @@ from jax_trustdiff.data import mixing, pipeline
 from jax_trustdiff.data.image_store import ImageStore, StorePlan
 from jax_trustdiff.data.records import image_source
 from jax_trustdiff.types import InputError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def images(count, base, size=4):
@@ -202,3 +210,59 @@ def test_feeds_give_mixed_batches_and_go_on_from_a_step(tmp_path, feed_class):
   for name in ("image", "label", "id"):
     np.testing.assert_array_equal(batch[name], rows[name])
   assert (np.asarray(batch["id"]) < 0).sum() == 4
+
+
+STREAM = """
+import sys
+import jax, numpy as np
+from jax_trustdiff import parallel
+from jax_trustdiff.data import mixing, pipeline
+from jax_trustdiff.data.records import image_source
+
+def anonymous():
+  lines = open("/proc/self/status").read().splitlines()
+  return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+real = image_source([np.zeros((2000, 32, 32, 3), np.uint8)], [np.arange(2000) % 10], "real", 10)
+mesh = parallel.make_mesh()
+base = anonymous()
+both = mixing.together(real, mixing.generated_source(sys.argv[1], real))
+sampler = mixing.MixedSampler(2000, len(both) - 2000, 512, 0.3, 4, sys.argv[2])
+feed = pipeline.make_feed(both, sampler, mesh)
+feed.start(0)
+seen, sizes = 0, []
+for step in range(600):
+  batch = feed.take(feed.arrays, jax.tree.map(lambda x: x[0], feed.next(1)))
+  seen += int((np.asarray(batch["id"]) < 0).sum())
+  sizes.append(anonymous())
+feed.close()
+print(type(feed).__name__, both.nbytes, seen, sizes[99] - base, max(sizes) - sizes[99])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("walk", mixing.WALKS)
+def test_memory_stays_flat_beside_150_gigabytes_of_generated_images(tmp_path, walk):
+  """50 million images in files with holes: labels, ids and an order are kept, 16 bytes and more an image, and no pixels."""
+  per_shard, shards = 1_000_000, 50
+  files = {}
+  for shard in range(shards):
+    for kind, dtype, shape in (("images", "u1", (32, 32, 3)), ("labels", "<i4", ()), ("ids", "<i8", ())):
+      name = f"{kind}-{shard:05d}-of-{shards:05d}.npy"
+      header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (per_shard, *shape)}
+      with open(tmp_path / name, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + per_shard * int(np.prod(shape)) * np.dtype(dtype).itemsize)
+      files[name] = {"bytes": (tmp_path / name).stat().st_size, "sha256": ""}
+  manifest = dict(format=2, num_images=shards * per_shard, num_shards=shards, num_classes=10, class_names=[])
+  (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"files": files}))
+  env = os.environ | {"PYTHONPATH": str(ROOT)}
+  command = [sys.executable, "-c", STREAM, str(tmp_path), walk]
+  out = subprocess.run(command, capture_output=True, text=True, env=env)
+  assert out.returncode == 0, out.stderr
+  kind, *numbers = out.stdout.split()
+  size, seen, kept, grown = map(int, numbers)
+  assert kind == "StreamingFeed" and size > 150e9 and seen == 600 * 358
+  assert kept < 3e9 and grown < 3e8, f"kept {kept / 1e6:.0f} MB, grown by {grown / 1e6:.0f} MB"
+  print(f"{walk}: {kept / 1e6:.0f} MB are kept, and memory grew by {grown / 1e6:.0f} MB in 500 batches")
