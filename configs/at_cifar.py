@@ -64,7 +64,14 @@ def get_config(variant: str = "") -> ConfigDict:
   )
   config.augment = dict(name="pad_crop_flip", pad=4, flip=True)
   config.objective = dict(
-    name="trades", beta=5.0, label_smoothing=0.1, norm="linf", radius=8 / 255, step_size=2 / 255, num_steps=10
+    name="trades",
+    beta=5.0,
+    label_smoothing=0.1,
+    norm="linf",
+    radius=8 / 255,
+    step_size=2 / 255,
+    num_steps=10,
+    mixed_target=True,
   )
   config.optimizer = dict(name="sgd", weight_decay=5e-4, nesterov=True, no_decay="norm", clip_norm=0.0)
   config.schedule = dict(name="one_cycle_epochs", learning_rate=0.2, warmup_fraction=0.025)
@@ -80,6 +87,8 @@ def get_config(variant: str = "") -> ConfigDict:
     bn_momentum=0.01,
     ema_decay=0.995,
     ema_warmup_fraction=0.025,
+    awp_gamma=0.0,  # adversarial weight perturbation of that size relative to each weight; 0: off
+    awp_warmup_epochs=0,
     log_every=50,
     checkpoint_every=1000,
     validate_every_epochs=1,

@@ -46,7 +46,14 @@ def get_config(variant: str = "") -> ConfigDict:
   config.objectives = dict(
     standard=dict(name="standard", label_smoothing=0.0),
     trades=dict(
-      name="trades", beta=6.0, label_smoothing=0.1, norm="linf", radius=radius, step_size=0.04, num_steps=6
+      name="trades",
+      beta=6.0,
+      label_smoothing=0.1,
+      norm="linf",
+      radius=radius,
+      step_size=0.04,
+      num_steps=6,
+      mixed_target=True,
     ),
   )
   config.optimizer = dict(name="sgd", weight_decay=5e-4, nesterov=True, no_decay="norm", clip_norm=0.0)
@@ -63,6 +70,8 @@ def get_config(variant: str = "") -> ConfigDict:
     bn_momentum=0.1,
     ema_decay=0.98,
     ema_warmup_fraction=0.025,
+    awp_gamma=0.0,  # adversarial weight perturbation of that size relative to each weight; 0: off
+    awp_warmup_epochs=0,
     log_every=10,
     checkpoint_every=100,
     validate_every_epochs=4,

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 PyTree = Any
 Variables = dict[str, Any]  # {'params': ..., 'batch_stats': ...}, nested dicts of arrays
+OBJECTIVE = "objective"  # the collection beside a network's own that a training objective keeps its state in
 
 Image = Float[Array, "b h w c"]  # of any range: a gradient, a difference, a start outside the cube
 Unit = Float[Array, "b h w c"]
@@ -24,6 +25,8 @@ Bytes = UInt8[Array, "b h w c"]
 Sigma = Float[Array, "b"]
 Logits = Float[Array, "b k"]
 Labels = Int[Array, "b"]
+SoftLabels = Float[Array, "b k"]  # probabilities of the classes, e.g. of mixed images
+AnyLabels = Labels | SoftLabels
 Bits = Int[Array, "b n"]
 PerExample = Float[Array, "b"]
 KeyOrKeys = Key[Array, ""] | Key[Array, "b"]  # one key for the batch, or one for each image

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 from workers import answer, start
 
-CASES = [("standard", "float32", 20), ("trades", "float32", 1), ("trades", "float64", 5)]
+CASES = [
+  ("standard", "float32", 20),
+  ("trades", "float32", 1),
+  ("trades", "float64", 5),
+  ("ikl", "float64", 6),
+]
 
 
 def losses():

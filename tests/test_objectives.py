@@ -7,7 +7,15 @@ import pytest
 from reference_nets import CentredLinear
 
 from jax_trustdiff.attacks import norms
-from jax_trustdiff.robustness.objectives import MART, OBJECTIVES, PGDAT, TRADES, Standard, move_statistics
+from jax_trustdiff.robustness.objectives import (
+  MART,
+  OBJECTIVES,
+  PGDAT,
+  TRADES,
+  Standard,
+  initial_collections,
+  move_statistics,
+)
 from jax_trustdiff.types import InputError
 
 NET = CentredLinear()
@@ -163,7 +171,7 @@ def test_mart_and_pgd_at_attack_by_hand_with_running_statistics(name, norm, radi
   np.testing.assert_allclose(x_adv, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["trades", "mart", "pgd_at"])
+@pytest.mark.parametrize("name", ["trades", "mart", "pgd_at", "score", "consistency", "ikl"])
 @pytest.mark.parametrize("norm, radius", [("linf", 0.1), ("l2", 0.4)])
 def test_attacks_stay_in_ball_and_cube_and_do_not_depend_on_the_batch_keys_of_others(name, norm, radius):
   objective = OBJECTIVES[name](norm=norm, radius=radius, num_steps=3)
@@ -173,7 +181,7 @@ def test_attacks_stay_in_ball_and_cube_and_do_not_depend_on_the_batch_keys_of_ot
   sizes = norms.lengths(x_adv - X, norm)
   assert (sizes <= radius * (1 + 1e-5)).all() and (sizes > 0.1 * radius).all()
   other = attack(objective, VARIABLES, keys.at[5].set(jax.random.key(99)))
-  if name != "trades":  # its batch statistics couple the images
+  if name in ("mart", "pgd_at"):  # the batch statistics of the others couple the images
     np.testing.assert_allclose(other[:5], x_adv[:5], atol=1e-6)
   assert not np.allclose(other[5], x_adv[5], atol=1e-5)
 
@@ -192,10 +200,11 @@ def test_l2_attack_leaves_a_flat_point(name):
 def test_no_gradient_flows_through_the_attack(name):
   objective = OBJECTIVES[name]()
   key = jax.random.key(6)
-  x_adv = attack(objective, VARIABLES, key)
+  whole_variables = VARIABLES | initial_collections(objective, 4)
+  x_adv = attack(objective, whole_variables, key)
 
   def whole(params, attacked):
-    variables = {**VARIABLES, "params": params}
+    variables = {**whole_variables, "params": params}
     adversarial = objective.attack(NET, variables, X, Y, key) if attacked else x_adv
     return objective.loss(NET, variables, X, adversarial, Y)[0].mean()
 
@@ -203,7 +212,7 @@ def test_no_gradient_flows_through_the_attack(name):
     jax.jit(jax.grad(whole), static_argnums=1)(VARIABLES["params"], a) for a in (True, False)
   )
   np.testing.assert_allclose(inside["kernel"], outside["kernel"], rtol=1e-4, atol=1e-6)
-  to_images = jax.grad(lambda v: objective.loss(NET, VARIABLES, X, v, Y)[0].sum())(x_adv)
+  to_images = jax.grad(lambda v: objective.loss(NET, whole_variables, X, v, Y)[0].sum())(x_adv)
   np.testing.assert_array_equal(to_images, 0)
 
 
@@ -229,6 +238,13 @@ def test_running_statistics_move_in_the_order_of_the_passes():
     ("mart", {"radius": float("inf")}, "radius is inf; it must be at least 0 and finite"),
     ("trades", {"beta": float("inf")}, "beta is inf"),
     ("trades", {"step_size": float("nan")}, "step_size is nan"),
+    ("score", {"clip": -0.1}, "clip is -0.1; it must be at least 0"),
+    ("score", {"norm": "l1"}, "choices are linf, l2"),
+    ("consistency", {"temperature": 0.0}, "temperature is 0.0; it must be positive"),
+    ("consistency", {"beta": -1.0}, "beta is -1.0"),
+    ("ikl", {"temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
+    ("ikl", {"mse_weight": -1.0}, "mse_weight is -1.0"),
+    ("ikl", {"norm": "l1"}, "choices are linf, l2"),
   ],
 )
 def test_bad_fields_are_one_clear_line(name, fields, message):

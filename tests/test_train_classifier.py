@@ -56,7 +56,7 @@ def test_every_name_can_be_chosen(section, name):
   assert attack.norm == config.eval.attack.norm
   if section != "objective":
     return
-  shapes = jax.eval_shape(lambda key: state.create(network.init, trainer.optimizer, key), jax.random.key(0))
+  shapes = jax.eval_shape(lambda key: state.create(trainer.init, trainer.optimizer, key), jax.random.key(0))
   batch = {"image": jnp.zeros((64, 8, 8, 1), jnp.uint8), "label": jnp.zeros(64, jnp.int32)}
   after, metrics = jax.eval_shape(trainer.step, shapes, batch)
   assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, shapes)

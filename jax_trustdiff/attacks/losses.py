@@ -6,17 +6,37 @@ All are computed in float32 (or wider) and come out as [b]; the caller reduces.
 import jax
 import jax.numpy as jnp
 
-from jax_trustdiff.types import InputError, Labels, Logits, PerExample
+from jax_trustdiff.types import AnyLabels, InputError, Labels, Logits, PerExample, SoftLabels
 
 
-def cross_entropy(logits: Logits, y: Labels, label_smoothing: float = 0.0) -> PerExample:
-  """(1 - s) * (-log p_y) + s * mean_c(-log p_c) with s = `label_smoothing` in [0, 1]."""
+def is_soft(y: AnyLabels) -> bool:
+  """Whether labels are probabilities [b k]; otherwise they are classes [b]."""
+  return y.ndim == 2
+
+
+def classes(y: AnyLabels) -> Labels:
+  """The classes [b] of labels of either kind: of probabilities the most likely one."""
+  return y.argmax(axis=1) if is_soft(y) else y
+
+
+def entropy(y: SoftLabels) -> PerExample:
+  """-sum_k y_k log y_k in nats, with 0 log 0 = 0: what cross-entropy to `y` exceeds KL(y || p) by."""
+  return jax.scipy.special.entr(y).sum(axis=1)
+
+
+def cross_entropy(logits: Logits, y: AnyLabels, label_smoothing: float = 0.0) -> PerExample:
+  """(1 - s) * (-log p_y) + s * mean_c(-log p_c) with s = `label_smoothing` in [0, 1].
+
+  Of soft labels -sum_k y_k log p_k: smoothing applies to integer labels only.
+  """
   log_p = jax.nn.log_softmax(_full_precision(logits))
+  if is_soft(y):
+    return -(y * log_p).sum(axis=1)
   return (1 - label_smoothing) * -_pick(log_p, y) - label_smoothing * log_p.mean(axis=1)
 
 
-def ce(logits: Logits, y: Labels) -> PerExample:
-  """Cross-entropy -log p_y, at least 0."""
+def ce(logits: Logits, y: AnyLabels) -> PerExample:
+  """Cross-entropy -log p_y, or -sum_k y_k log p_k of soft labels, at least 0."""
   return cross_entropy(logits, y)
 
 
@@ -83,6 +103,15 @@ def kl(p_logits: Logits, q_logits: Logits) -> PerExample:
   log_p = jax.nn.log_softmax(_full_precision(p_logits))
   log_q = jax.nn.log_softmax(_full_precision(q_logits))
   return (jnp.exp(log_p) * (log_p - log_q)).sum(axis=1)
+
+
+def pairwise_squares(delta: Logits, weights: SoftLabels) -> PerExample:
+  """1/4 sum_jk w_j w_k (d_j - d_k)^2, with rows of `weights` that sum to 1: half the variance of d under w.
+
+  With d the difference of the logits of x and x_adv the weighted mean square error of Cui et al. (2024, theorem 1).
+  """
+  mean = (weights * delta).sum(axis=1, keepdims=True)
+  return (weights * jnp.square(delta - mean)).sum(axis=1) / 2
 
 
 LOSSES = {"ce": ce, "margin": margin, "margin_unclipped": margin_unclipped, "dlr": dlr}

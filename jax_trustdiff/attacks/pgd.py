@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_trustdiff.attacks import norms
-from jax_trustdiff.attacks.losses import LOSSES
-from jax_trustdiff.types import Image, InputError, KeyOrKeys, Labels, LogitsFn, Unit
+from jax_trustdiff.attacks.losses import LOSSES, classes, is_soft
+from jax_trustdiff.types import AnyLabels, Image, InputError, KeyOrKeys, LogitsFn, Unit
 
 
 def maximize(
@@ -80,14 +80,18 @@ class PGD:
       )
 
   def __call__(
-    self, logits_fn: LogitsFn, x: Unit, y: Labels, key: KeyOrKeys, start: Image | None = None
+    self, logits_fn: LogitsFn, x: Unit, y: AnyLabels, key: KeyOrKeys, start: Image | None = None
   ) -> Unit:
     """Adversarial images for `x` in float32.
 
     key: one for the batch, or one for each image, which makes the result for an image independent of the batch it
     is in. start: where the first run begins, in place of a random start; it may lie outside of ball and cube, and for
-    'l1' is projected first.
+    'l1' is projected first. Soft labels go with the loss 'ce' alone (InputError).
     """
+    if is_soft(y) and self.loss != "ce":
+      raise InputError(
+        f"attack loss is {self.loss!r}, which takes classes as labels; with soft labels use 'ce'"
+      )
     x = norms.full_precision(x)
     if start is not None:
       start = norms.full_precision(start)
@@ -117,7 +121,7 @@ class PGD:
       best_x, best_fooled, best_loss = best
       x_adv = run(restart)
       logits = logits_fn(x_adv)
-      fooled, reached = logits.argmax(axis=1) != y, loss(logits, y)
+      fooled, reached = logits.argmax(axis=1) != classes(y), loss(logits, y)
       better = (fooled & ~best_fooled) | ((fooled == best_fooled) & (reached > best_loss))
       return (
         jnp.where(better[:, None, None, None], x_adv, best_x),

@@ -8,6 +8,7 @@ validation PGD accuracy.
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,13 @@ from jax_trustdiff.data import augment, mixing, pipeline
 from jax_trustdiff.data.records import ImageSource
 from jax_trustdiff.interop import export
 from jax_trustdiff.models.registry import forward_flops, num_params
-from jax_trustdiff.robustness import objectives
+from jax_trustdiff.robustness import objectives, weight_perturbation
 from jax_trustdiff.tasks import classifiers, reports
 from jax_trustdiff.training import loop, optimizers, state
 from jax_trustdiff.training.checkpoints import Checkpoints
 from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir
-from jax_trustdiff.types import Classifier, InputError, to_unit
+from jax_trustdiff.types import Classifier, InputError, Variables, to_unit
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
@@ -43,12 +44,12 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   )
   variables = classifiers.initial_variables(config, network)
   reports.check(config)
-  shapes = state.shapes(network.init, trainer.optimizer, mesh, config.mesh.rules)
+  shapes = state.shapes(trainer.init, trainer.optimizer, mesh, config.mesh.rules)
   _check_batch(network, shapes, config.train.batch_size // config.train.accumulate)
 
   workdir.open()
   fresh = state.create_sharded(
-    network.init, trainer.optimizer, jax.random.key(config.seed), mesh, config.mesh.rules
+    trainer.init, trainer.optimizer, jax.random.key(config.seed), mesh, config.mesh.rules
   )
   if variables is not None:
     fresh = state.with_variables(fresh, variables)
@@ -93,6 +94,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 class Trainer:
   """The parts of a run that `loop.fit` needs."""
 
+  init: Callable[[jax.Array], Variables]  # fresh variables of the network, with the state of the objective
   step: state.StepFn
   optimizer: object  # optax.GradientTransformation
   feed: pipeline.ResidentFeed | pipeline.StreamingFeed
@@ -118,30 +120,51 @@ def build_trainer(config, network: Classifier, data: classifiers.ClassifierData,
   optimizer = config_lib.build(optimizers.OPTIMIZERS, config.optimizer, schedule=schedule)
   objective = config_lib.build(objectives.OBJECTIVES, config.objective)
   transform = config_lib.build(augment.AUGMENTATIONS, config.augment)
+  perturbed_from = config.train.awp_warmup_epochs * steps_per_epoch  # the first step that perturbs weights
+  for name in ("awp_gamma", "awp_warmup_epochs"):
+    if config.train[name] < 0:
+      raise InputError(f"train.{name} must be at least 0, found {config.train[name]}")
   warmup_steps = (
     config.train.ema_warmup_fraction * num_epochs * (data.epoch_images // batch_size + 1)
   )  # floor + 1: the original's count
 
   def loss_fn(params, collections, batch, key, step):
     augment_key, attack_key = jax.random.split(key)
-    x = to_unit(transform(batch["image"], augment_key))
-    variables = {"params": params, **collections}
-    y = batch.get("soft_label", batch["label"])
-    x_adv = objective.attack(network, jax.lax.stop_gradient(variables), x, y, attack_key)
-    loss, moments, metrics = objective.loss(network, variables, x, jax.lax.stop_gradient(x_adv), y)
+    x, y = _views(objective.num_views, transform, batch, augment_key)
+    x_adv = objective.attack(
+      network, jax.lax.stop_gradient({"params": params, **collections}), x, y, attack_key
+    )
+    x_adv = jax.lax.stop_gradient(x_adv)
+
+    def loss_at(params):
+      variables = {"params": params, **collections}
+      return objectives.loss_and_collections(
+        objective, network, variables, x, x_adv, y, step // steps_per_epoch
+      )
+
+    if config.train.awp_gamma:
+      v = jax.lax.cond(
+        step >= perturbed_from,
+        lambda w: weight_perturbation.ascent(lambda w: loss_at(w)[0].mean(), w, config.train.awp_gamma),
+        lambda w: jax.tree.map(jnp.zeros_like, w),
+        jax.lax.stop_gradient(params),
+      )
+      params = jax.tree.map(jnp.add, params, v)
+    loss, moments, metrics, remembered = loss_at(params)
     # The first batch replaces initial statistics, but not those that came with trained parameters.
     first = config.train.bn_momentum if config.init_from else 1.0
     momentum = jnp.where(step == 0, first, config.train.bn_momentum)
     moved = objectives.move_statistics(collections["batch_stats"], jax.lax.stop_gradient(moments), momentum)
     metrics = {name: value.mean() for name, value in metrics.items()}
     rate = {"learning_rate": schedule.learning_rate(step), "momentum": schedule.momentum(step)}
-    return loss.mean(), (collections | {"batch_stats": moved}, metrics | rate)
+    return loss.mean(), (collections | {"batch_stats": moved} | remembered, metrics | rate)
 
   def decay(t):
     return optimizers.ema_decay(t, config.train.ema_decay, warmup_steps)
 
   every = config.train.validate_every_epochs
   return Trainer(
+    init=lambda key: network.init(key) | objectives.initial_collections(objective, network.num_classes),
     step=state.make_train_step(loss_fn, optimizer, decay, accumulate),
     optimizer=optimizer,
     feed=pipeline.make_feed(source, sampler, mesh, config.train.resident),
@@ -166,6 +189,13 @@ def _mixed(
   section, sizes = config.mixing, (len(real), len(data.generated))
   sampler = mixing.MixedSampler(*sizes, batch_size, section.ratio, steps_per_epoch, section.walk, config.seed)
   return mixing.together(real, data.generated), sampler
+
+
+def _views(num_views: int, transform, batch, key: jax.Array):
+  """Unit images [n b h w c], n = `num_views` augmentations of a batch one after the other, and their labels [n b]."""
+  keys = jax.random.split(key, num_views) if num_views > 1 else [key]
+  images = jnp.concatenate([transform(batch["image"], view_key) for view_key in keys])
+  return to_unit(images), jnp.concatenate([batch.get("soft_label", batch["label"])] * num_views)
 
 
 def _check_batch(network: Classifier, shapes: state.TrainState, batch_size: int) -> None:

@@ -10,7 +10,7 @@ import optax
 
 from jax_trustdiff import parallel
 from jax_trustdiff.training.ema import power_update
-from jax_trustdiff.types import PyTree, Variables
+from jax_trustdiff.types import OBJECTIVE, PyTree, Variables
 
 # (params, collections, batch, key, step) -> (scalar loss, (new collections, metrics: dict of scalars))
 LossFn = Callable[[PyTree, PyTree, Any, jax.Array, jax.Array], tuple[jax.Array, tuple[PyTree, dict]]]
@@ -26,7 +26,8 @@ class TrainState:
   step: PyTree  # [] int32, optimizer steps taken
   key: PyTree  # [] typed key of the run, never changed: the key of step s is fold_in(key, s)
   params: PyTree  # float32
-  collections: PyTree  # the other collections of the variables by name: running statistics, constants
+  # the other collections by name: running statistics, constants, and the state of a training objective
+  collections: PyTree
   ema: PyTree  # averaged parameters, float32
   power_averages: (
     PyTree  # a tuple of power-function averages, one for each std asked for (see `training.ema`)
@@ -35,8 +36,9 @@ class TrainState:
 
   @property
   def ema_variables(self) -> Variables:
-    """The averaged parameters with the other collections of the raw model: what is evaluated and exported."""
-    return {"params": self.ema, **self.collections}
+    """The averaged parameters with the network's other collections of the raw model: what is evaluated and exported."""
+    collections = {name: tree for name, tree in self.collections.items() if name != OBJECTIVE}
+    return {"params": self.ema, **collections}
 
 
 def create(
@@ -92,7 +94,10 @@ def create_sharded(
 
 
 def with_variables(state: TrainState, variables: Variables) -> TrainState:
-  """`state` with its parameters, their averages and the other collections replaced, each leaf put where it was."""
+  """`state` with its parameters, their averages and the other collections replaced, each leaf put where it was.
+
+  The state of an objective, which no variables hold, stays.
+  """
   params = variables["params"]
   collections = {name: value for name, value in variables.items() if name != "params"}
   return dataclasses.replace(
@@ -100,7 +105,8 @@ def with_variables(state: TrainState, variables: Variables) -> TrainState:
     params=parallel.place(params, state.params),
     ema=parallel.place(params, state.ema),
     power_averages=tuple(parallel.place(params, average) for average in state.power_averages),
-    collections=parallel.place(collections, state.collections),
+    collections=state.collections
+    | parallel.place(collections, {k: v for k, v in state.collections.items() if k != OBJECTIVE}),
   )
 
 
