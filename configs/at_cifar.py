@@ -10,6 +10,9 @@ PGD-40 on 1024 validation images.
 Published: 84.41 % clean, 54.57 % under AutoAttack (best), robust overfitting after about a quarter of the epochs.
 Cost: 27 forward passes for each image, 5.7e18 FLOPs in all.
 
+Other objectives: --config.objective.name=standard, pgd_at, mart, score, consistency or ikl (whose first epoch has a
+uniform table). Adversarial weight perturbation goes with any of them: --config.train.awp_gamma=0.005 (Wu et al. 2020).
+
 Variants: l2 (128/255), cifar100, svhn, tinyimagenet, wrn70_16, preact18; cpu (a WRN-10-1 with PGD-2 for two epochs,
 about ten minutes on two cores: 52 % clean, 28 % under PGD-40 of 1000 test images); smoke (seconds; the bundled digits
 unless data.path is given).
