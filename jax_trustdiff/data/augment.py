@@ -3,18 +3,20 @@
     augment = AUGMENTATIONS['pad_crop_flip'](pad=4)
     images = augment(images, key)     # inside jit; one key for the batch, every image has its own draws
 
-Every one is a gather of pixels at drawn places, so it costs the same inside and outside of a loop.
+Every one is a few gathers of pixels at drawn places, so it costs the same inside and outside of a loop. The
+policies beyond cropping and mirroring are in `policies`, here they are put together with these as Wang et al. 2023
+(arXiv:2302.04638, section 4.4) compare them; `policies.cutmix`, which mixes labels as well, is not one of them.
 """
 
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Key
 
+from jax_trustdiff.data import policies
+from jax_trustdiff.data.image_ops import crop_flip, rotate
+from jax_trustdiff.data.policies import Augment, chain
 from jax_trustdiff.types import Bytes
-
-Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def none() -> Augment:
@@ -57,58 +59,30 @@ def pad_crop_flip_rotate(pad: int = 4, flip: bool = True, degrees: float = 15.0)
   return augment
 
 
+def cutout(length: int = 18, pad: int = 4, flip: bool = True) -> Augment:
+  """`pad_crop_flip`, then a zero square of side `length` (`policies.cutout`)."""
+  return chain(pad_crop_flip(pad, flip), policies.cutout(length))
+
+
+def auto_augment(length: int = 18, pad: int = 4, flip: bool = True) -> Augment:
+  """`pad_crop_flip`, the policy for CIFAR-10 (`policies.auto_augment`), then a zero square of side `length`."""
+  return chain(pad_crop_flip(pad, flip), policies.auto_augment(), policies.cutout(length))
+
+
+def rand_augment(
+  num_ops: int = 2, magnitude: float = 14.0, translate: float = 100.0, pad: int = 4, flip: bool = True
+) -> Augment:
+  """Random operations of one magnitude (`policies.rand_augment`), then `pad_crop_flip`."""
+  return chain(policies.rand_augment(num_ops, magnitude, translate), pad_crop_flip(pad, flip))
+
+
 AUGMENTATIONS: dict[str, Callable[..., Augment]] = {
   "none": none,
   "flip": flip,
   "pad_crop_flip": pad_crop_flip,
   "pad_crop_flip_rotate": pad_crop_flip_rotate,
+  "cutout": cutout,
+  "auto_augment": auto_augment,
+  "rand_augment": rand_augment,
+  "idbh": policies.idbh,
 }
-
-
-# ---- the transformations, for given draws ----
-
-
-def crop_flip(images: Bytes, offsets: Int[Array, "b 2"], mirrored: Bool[Array, "b"], pad: int) -> Bytes:
-  """Crops at (row, column) `offsets` in [0, 2 pad] of the zero-padded images, then mirrored where asked."""
-  height, width = images.shape[1:3]
-  rows = jnp.arange(height) + offsets[:, :1] - pad
-  columns = jnp.arange(width) + offsets[:, 1:] - pad
-  columns = jnp.where(mirrored[:, None], columns[:, ::-1], columns)
-  return _pixels(images, rows[:, :, None], columns[:, None, :])
-
-
-def rotate(images: Bytes, angles: Float[Array, "b"]) -> Bytes:
-  """Rotates counter-clockwise by `angles` in degrees about the centre; nearest pixel, zeros outside.
-
-  The output pixel in row i and column j is the input pixel that contains the point
-
-      x = cos(a) (j - cx) - sin(a) (i - cy) + cx + 1/2        cx = (w - 1) / 2
-      y = sin(a) (j - cx) + cos(a) (i - cy) + cy + 1/2        cy = (h - 1) / 2
-
-  with coordinates rounded to 1/65536, as PIL's `Image.rotate(angle, NEAREST)` does.
-  """
-  height, width = images.shape[1:3]
-  radians = -jnp.deg2rad(angles)[:, None, None]
-  cos, sin = jnp.cos(radians), jnp.sin(radians)
-  center_x, center_y = (width - 1) / 2, (height - 1) / 2
-  i, j = jnp.arange(height)[:, None], jnp.arange(width)
-  first_x = _fixed(center_x + 0.5 - cos * center_x - sin * center_y)
-  first_y = _fixed(center_y + 0.5 + sin * center_x - cos * center_y)
-  columns = (first_x + _fixed(cos) * j + _fixed(sin) * i) >> 16
-  rows = (first_y - _fixed(sin) * j + _fixed(cos) * i) >> 16
-  return _pixels(images, rows, columns)
-
-
-def _fixed(x: jax.Array) -> jax.Array:
-  return jnp.floor(x * 65536 + 0.5).astype(jnp.int32)
-
-
-def _pixels(images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-  """images[b, rows, columns], zero where these are outside; rows and columns broadcast to [b h w]."""
-  batch, height, width, channels = images.shape
-  inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-  places = jnp.clip(rows, 0, height - 1) * width + jnp.clip(columns, 0, width - 1)
-  flat = images.reshape(batch, height * width, channels)
-  places = places.reshape(batch, height * width, 1)
-  out = jnp.take_along_axis(flat, places, axis=1, mode="promise_in_bounds").reshape(images.shape)
-  return jnp.where(inside[..., None], out, 0)
