@@ -12,6 +12,10 @@ Cost: 27 forward passes for each image, 5.7e18 FLOPs in all.
 
 Other objectives: --config.objective.name=standard, pgd_at, mart, score, consistency or ikl (whose first epoch has a
 uniform table). Adversarial weight perturbation goes with any of them: --config.train.awp_gamma=0.005 (Wu et al. 2020).
+Other augmentations: --config.augment.name=cutout, auto_augment, rand_augment or idbh; CutMix is train.cutmix=4 with
+train.batch_size=128, whose steps see 512 images.
+Generated data: --config.mixing.generated=<image store> (README). Soft labels of label_generated.py are meant for
+objective.mixed_target=False: with True, which is for CutMix, the attack moves images away from their labels.
 
 Variants: l2 (128/255), cifar100, svhn, tinyimagenet, wrn70_16, preact18; cpu (a WRN-10-1 with PGD-2 for two epochs,
 about ten minutes on two cores: 52 % clean, 28 % under PGD-40 of 1000 test images); smoke (seconds; the bundled digits
@@ -92,6 +96,7 @@ def get_config(variant: str = "") -> ConfigDict:
     ema_warmup_fraction=0.025,
     awp_gamma=0.0,  # adversarial weight perturbation of that size relative to each weight; 0: off
     awp_warmup_epochs=0,
+    cutmix=0,  # every batch is mixed so many times by CutMix, and trained on all; the original: 4 of 128 images. 0: not at all
     log_every=50,
     checkpoint_every=1000,
     validate_every_epochs=1,

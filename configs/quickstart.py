@@ -72,6 +72,7 @@ def get_config(variant: str = "") -> ConfigDict:
     ema_warmup_fraction=0.025,
     awp_gamma=0.0,  # adversarial weight perturbation of that size relative to each weight; 0: off
     awp_warmup_epochs=0,
+    cutmix=0,
     log_every=10,
     checkpoint_every=100,
     validate_every_epochs=4,

@@ -113,6 +113,42 @@ def test_generated_images_are_in_every_batch_and_nowhere_else(tmp_path, how):
     built(config_lib.load(SMOKE, mixing | {"mixing.ratio": 2.0}))
 
 
+@pytest.mark.parametrize("name", ["trades", "standard", "ikl"])
+def test_cutmix_trains_on_mixtures_with_soft_labels(name):
+  """16 images in 4 mixtures are a step of 64; every label is of its image and of one other, with the shares of their pixels."""
+  settings = {"train.cutmix": 4, "train.batch_size": 16, "objective.name": name}
+  network, data, trainer = built(config_lib.load(SMOKE, settings))
+  x, y = train_classifier._views(
+    1,
+    lambda images, key: images,
+    4,
+    10,
+    {k: v for k, v in data.train.take(range(16)).items()},
+    jax.random.key(0),
+  )
+  assert x.shape == (64, 8, 8, 1) and y.shape == (64, 10)
+  np.testing.assert_allclose(y.sum(1), 1, rtol=1e-6)
+  assert ((y > 0).sum(1) <= 2).all() and ((y > 0).sum(1) == 2).any()
+  shapes = jax.eval_shape(lambda key: state.create(trainer.init, trainer.optimizer, key), jax.random.key(0))
+  batch = {"image": jnp.zeros((16, 8, 8, 1), jnp.uint8), "label": jnp.zeros(16, jnp.int32)}
+  after, metrics = jax.eval_shape(trainer.step, shapes, batch)
+  assert jax.tree.map(lambda a: a.shape, after) == jax.tree.map(lambda a: a.shape, shapes)
+  assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize(
+  "overrides, message",
+  [
+    ({"train.cutmix": 4, "objective.name": "consistency"}, "compares two augmentations"),
+    ({"train.cutmix": -1}, "at least 0"),
+    ({"train.cutmix": 4, "objective.name": "mart"}, "'mart' takes classes as labels"),
+  ],
+)
+def test_cutmix_does_not_go_with_everything(overrides, message):
+  with pytest.raises(InputError, match=message):
+    built(config_lib.load(SMOKE, overrides))
+
+
 def test_random_validation_holds_out_other_images_than_first():
   first, random = (
     classifiers.load_data(config_lib.load(SMOKE, {"train.validation_split": how})).validation

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
-from jax_trustdiff.data import augment, mixing, pipeline
+from jax_trustdiff.data import augment, mixing, pipeline, policies
 from jax_trustdiff.data.records import ImageSource
 from jax_trustdiff.interop import export
 from jax_trustdiff.models.registry import forward_flops, num_params
@@ -121,16 +121,26 @@ def build_trainer(config, network: Classifier, data: classifiers.ClassifierData,
   objective = config_lib.build(objectives.OBJECTIVES, config.objective)
   transform = config_lib.build(augment.AUGMENTATIONS, config.augment)
   perturbed_from = config.train.awp_warmup_epochs * steps_per_epoch  # the first step that perturbs weights
-  for name in ("awp_gamma", "awp_warmup_epochs"):
+  for name in ("awp_gamma", "awp_warmup_epochs", "cutmix"):
     if config.train[name] < 0:
       raise InputError(f"train.{name} must be at least 0, found {config.train[name]}")
+  if (config.train.cutmix or config.mixing.soft_labels) and isinstance(objective, objectives.MART):
+    raise InputError(
+      "the objective 'mart' takes classes as labels, and train.cutmix and mixing.soft_labels make soft ones"
+    )
+  if config.train.cutmix and objective.num_views > 1:
+    raise InputError(
+      f"train.cutmix does not go with {config.objective.name!r}, which compares two augmentations"
+    )
   warmup_steps = (
     config.train.ema_warmup_fraction * num_epochs * (data.epoch_images // batch_size + 1)
   )  # floor + 1: the original's count
 
   def loss_fn(params, collections, batch, key, step):
     augment_key, attack_key = jax.random.split(key)
-    x, y = _views(objective.num_views, transform, batch, augment_key)
+    x, y = _views(
+      objective.num_views, transform, config.train.cutmix, network.num_classes, batch, augment_key
+    )
     x_adv = objective.attack(
       network, jax.lax.stop_gradient({"params": params, **collections}), x, y, attack_key
     )
@@ -191,11 +201,21 @@ def _mixed(
   return mixing.together(real, data.generated), sampler
 
 
-def _views(num_views: int, transform, batch, key: jax.Array):
-  """Unit images [n b h w c], n = `num_views` augmentations of a batch one after the other, and their labels [n b]."""
+def _views(num_views: int, transform, cutmix: int, num_classes: int, batch, key: jax.Array):
+  """(Unit images, labels) of what a batch is trained on.
+
+  `num_views` augmentations of it one after the other; or, with cutmix > 0, so many mixtures of one augmentation, whose labels are
+  soft.
+  """
+  y = batch.get("soft_label", batch["label"])
+  if cutmix:
+    view_key, mix_key = jax.random.split(key)
+    certain = y if y.ndim == 2 else jax.nn.one_hot(y, num_classes)
+    images, y = policies.cutmix(transform(batch["image"], view_key), certain, mix_key, cutmix)
+    return to_unit(images), y
   keys = jax.random.split(key, num_views) if num_views > 1 else [key]
   images = jnp.concatenate([transform(batch["image"], view_key) for view_key in keys])
-  return to_unit(images), jnp.concatenate([batch.get("soft_label", batch["label"])] * num_views)
+  return to_unit(images), jnp.concatenate([y] * num_views)
 
 
 def _check_batch(network: Classifier, shapes: state.TrainState, batch_size: int) -> None:
