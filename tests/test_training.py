@@ -636,3 +636,20 @@ def wait_for_lines(path, processes, past, seconds=120):
       return
     time.sleep(0.1)
   raise AssertionError(f"no line of metrics after step {past}")
+
+
+def test_waiting_for_data_is_told(monkeypatch):
+  """Seconds count where the dispatch before was done when the data came; the first dispatch, which compiles, does not."""
+  clock, said = [0.0], []
+  monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+  monkeypatch.setattr(loop, "say", said.append)
+  idle = loop._Idle()
+  idle.report()
+  assert not said  # nothing was trained
+  for ready, seconds in ((None, 60.0), (True, 2.0), (False, 4.0), (True, 1.0)):
+    metrics = None if ready is None else {"loss": types.SimpleNamespace(is_ready=lambda ready=ready: ready)}
+    with idle.waiting(metrics):
+      clock[0] += seconds
+    clock[0] += 10.0  # of the dispatch
+  idle.report()
+  assert said == ["the devices waited for data in 8.11% of the time, at most"]  # 3 of 37 seconds

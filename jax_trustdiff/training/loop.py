@@ -132,9 +132,11 @@ def fit(
     _Log(workdir, plan, batch_size, progress, window) as log,
     _Trace(workdir, plan) as trace,
   ):
+    idle, metrics = _Idle(), None
     while step < plan.num_steps:
       end = plan.dispatch_end(step)
-      payload = feed.next(end - step)
+      with idle.waiting(metrics):
+        payload = feed.next(end - step)
       run = compiled(state, payload, end - step)
       trace.before(step)
       state, metrics = run(state, feed.arrays, payload)
@@ -154,7 +156,33 @@ def fit(
         progress.resume()
       if stopping:
         raise Stopped(f"saved at step {step}; the same command goes on from there", 128 + stopping)
+  idle.report()
   return state
+
+
+class _Idle:
+  """How long the devices waited for data: at most the time that data took where the dispatch before was done when they came."""
+
+  def __init__(self):
+    self._waited, self._started = 0.0, None
+
+  @contextlib.contextmanager
+  def waiting(self, metrics: dict | None):
+    """Around the reading of data; `metrics` are those of the dispatch before, None for the first."""
+    start = time.perf_counter()
+    yield
+    if metrics is None:
+      return
+    if self._started is None:  # the first dispatch was compiled
+      self._started = start
+    if metrics["loss"].is_ready():
+      self._waited += time.perf_counter() - start
+
+  def report(self) -> None:
+    """Says it, of all the time since the second dispatch."""
+    if self._started is not None:
+      share = self._waited / (time.perf_counter() - self._started)
+      say(f"the devices waited for data in {share:.2%} of the time, at most")
 
 
 class _Compiler:
