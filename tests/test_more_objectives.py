@@ -219,14 +219,14 @@ def test_training_augments_every_image_once_for_each_view():
   images = jax.random.randint(jax.random.key(0), (16, 8, 8, 1), 0, 256).astype(jnp.uint8)
   batch, key = {"image": images, "label": jnp.arange(16)}, jax.random.key(1)
   shift = AUGMENTATIONS["pad_crop_flip"](pad=2)
-  x, y = train_classifier._views(1, shift, batch, key)
+  x, y = train_classifier._views(1, shift, 0, 10, batch, key)
   np.testing.assert_allclose(x, shift(images, key) / np.float32(255), rtol=1e-6)
   np.testing.assert_array_equal(y, batch["label"])
-  x, y = train_classifier._views(2, shift, batch, key)
+  x, y = train_classifier._views(2, shift, 0, 10, batch, key)
   assert x.shape == (32, 8, 8, 1) and (np.array(y) == np.tile(np.arange(16), 2)).all()
   same = [np.array_equal(x[i], x[16 + i]) for i in range(16)]
   assert sum(same) <= 4  # of 50 places and reflections
-  plain, _ = train_classifier._views(2, AUGMENTATIONS["none"](), batch, key)
+  plain, _ = train_classifier._views(2, AUGMENTATIONS["none"](), 0, 10, batch, key)
   np.testing.assert_array_equal(plain[:16], plain[16:])
 
 

@@ -123,7 +123,7 @@ def test_cutmix_trains_on_mixtures_with_soft_labels(name):
     lambda images, key: images,
     4,
     10,
-    {k: v for k, v in data.train.take(range(16)).items()},
+    {k: jnp.asarray(v) for k, v in data.train.take(range(16)).items()},
     jax.random.key(0),
   )
   assert x.shape == (64, 8, 8, 1) and y.shape == (64, 10)

@@ -26,9 +26,8 @@ from jaxtyping import Array, Bool, Float, Int, Real
 
 from jax_trustdiff.types import Bytes, InputError
 
-Map = Float[
-  Array, "b 2 3"
-]  # (x, y) in the input of the centre of output pixel (row i, column j): map @ (j, i, 1)
+# The centre of the output pixel in row i and column j is the point (x, y) = map @ (j, i, 1) of the input.
+Map = Float[Array, "b 2 3"]
 
 
 def apply(
@@ -215,7 +214,7 @@ def _posterize(pixels: jax.Array, values: jax.Array) -> jax.Array:
   return pixels & -(1 << (8 - values.astype(jnp.int32)))
 
 
-def _solarize(pixels: jax.Array, values: jax.Array) -> jax.Array:
+def _solarize(pixels: jax.Array, values: jax.Array | int) -> jax.Array:
   return jnp.where(pixels < values, pixels, 255 - pixels)
 
 
@@ -252,9 +251,12 @@ def _smooth(pixels: jax.Array) -> jax.Array:
 
 
 def _blend(other: jax.Array | int, pixels: jax.Array, factors: jax.Array) -> jax.Array:
-  """other + factor (pixels - other), clipped and rounded down."""
-  moved = factors.astype(jnp.float32) * (pixels - other).astype(jnp.float32)
-  return jnp.clip(other + moved, 0, 255).astype(jnp.int32)
+  """other + factor (pixels - other) with a product and a sum of float32, clipped and rounded down."""
+  factors = factors.astype(jnp.float32)
+  moved = factors * (pixels - other).astype(jnp.float32)
+  # Bits in between keep the compiler from one rounding of both, which comes out one lower or higher here and there.
+  bits = jax.lax.bitcast_convert_type(moved, jnp.int32) | jnp.isnan(factors).astype(jnp.int32)
+  return jnp.clip(other + jax.lax.bitcast_convert_type(bits, jnp.float32), 0, 255).astype(jnp.int32)
 
 
 _ON_PIXELS: dict[str, Callable] = {

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, UInt8
 
 from jax_trustdiff.data import image_ops
 from jax_trustdiff.types import Bytes, InputError
@@ -355,7 +355,7 @@ def color_shape(mode: str = "color") -> Augment:
 
 def cutmix(
   images: Bytes, labels: Float[Array, "b k"], key: Key[Array, ""], repeats: int = 4
-) -> tuple[Bytes, Float[Array, "n k"]]:
+) -> tuple[UInt8[Array, "n h w c"], Float[Array, "n k"]]:
   """`repeats` times the batch, each with a box of other images of it pasted in: images [r b h w c], labels [r b k].
 
   Yun et al. 2019 (arXiv:1905.04899), algorithm 1: lambda ~ U(0, 1), a box of sides int(h sqrt(1 - lambda)) and
