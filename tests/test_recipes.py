@@ -12,7 +12,8 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+CONFIGS = ROOT / "configs"
+RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.py"))
 
 
 def command(*args, path=ROOT, cwd=ROOT):

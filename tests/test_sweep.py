@@ -47,7 +47,8 @@ def runs(monkeypatch):
 
 
 def run(folder, **overrides):
-  config = config_lib.load(RECIPE, {name.replace("__", "."): value for name, value in overrides.items()})
+  overrides = {"sweep_seeds": "0,1"} | {name.replace("__", "."): value for name, value in overrides.items()}
+  config = config_lib.load(RECIPE, overrides)
   workdir = Workdir(folder, config)
   return workdir.complete(lambda: sweep.run(config, workdir))
 
@@ -83,7 +84,7 @@ def test_the_table_the_curves_and_every_seed(tmp_path, runs):
   assert "55.0% ± 63.5" in page and "validation/pgd2_accuracy against the epoch" in page
   result = json.loads((tmp_path / "run/result.json").read_text())
   np.testing.assert_allclose(result["seeds"]["none"]["best"], [0.5, 0.6])
-  config = config_lib.load(RECIPE)
+  config = config_lib.load(RECIPE, {"sweep_seeds": "0,1"})
   curves = sweep._curves(
     config, sweep._Plan(config, Workdir(tmp_path / "run", config)), Workdir(tmp_path / "run", config)
   )
