@@ -15,14 +15,14 @@ Cost: for an image that withstands, 11,630 evaluations of the classifier (a grad
 
 Variants: l2 (128/255); l1 (12); robustbench (the WRN-28-10 of Wang et al. 2023 on all of CIFAR-10 beside its entry:
 robustbench.leaderboard is a JSON file of entries, init_from the published checkpoint; published: 92.44 % clean, 67.31 %);
-cpu (1000 images); smoke (seconds: a freshly initialised network on the bundled digits).
+cpu (1000 images); digits (the bundled digits, Linf 0.15); smoke (seconds: a freshly initialised network on the bundled digits).
 """
 
 from ml_collections import ConfigDict
 
 from jax_trustdiff import config as config_lib
 
-VARIANTS = ("l2", "l1", "robustbench", "cpu", "smoke")
+VARIANTS = ("l2", "l1", "robustbench", "cpu", "digits", "smoke")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -43,6 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
     activation="swish",
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2471, 0.2435, 0.2616),
+    patch=1,
     dtype="float32",
     remat=False,
     bn_groups=1,
@@ -99,6 +100,14 @@ def _robustbench(config):
 
 def _cpu(config):
   config.eval.update(num_test=1000, batch_size=100)
+
+
+def _digits(config):
+  radius = 0.15
+  config.data = dict(name="digits")
+  config.attack.radius = radius
+  config.eval.attack.update(radius=radius, step_size=0.02)
+  config.eval.update(batch_size=120, radii=(0.5, 1.5, 2.0))
 
 
 def _smoke(config):

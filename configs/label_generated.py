@@ -40,6 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
     activation="swish",
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2471, 0.2435, 0.2616),
+    patch=1,
     dtype="float32",
     remat=False,
     bn_groups=1,

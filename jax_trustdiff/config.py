@@ -38,7 +38,6 @@ SECTIONS = {
   "augment": ("jax_trustdiff.data.augment:AUGMENTATIONS", ()),
   "augment_pipe": ("jax_trustdiff.diffusion.augment:AUGMENT_PIPES", ()),
   "objective": ("jax_trustdiff.robustness.objectives:OBJECTIVES", ()),
-  "objectives.*": ("jax_trustdiff.robustness.objectives:OBJECTIVES", ()),
   "optimizer": ("jax_trustdiff.training.optimizers:OPTIMIZERS", ("schedule",)),
   "schedule": (
     "jax_trustdiff.training.optimizers:ALL_SCHEDULES",

@@ -1,6 +1,7 @@
 """Tables of runs: what runs when, what is in the table, and that a sweep goes on where it was."""
 
 import json
+import pathlib
 import types
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import tasks
+from jax_trustdiff.evaluation import report
 from jax_trustdiff.tasks import sweep
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, RunError
@@ -27,20 +29,21 @@ def runs(monkeypatch):
     workdir.open()
     done.append(str(workdir.path.relative_to(workdir._parent.path)))
     if config.task == "evaluate_robustness":
-      assert config.init_from == f"{str(workdir.path).removesuffix('-autoattack')}/export"
-      return {"autoattack_accuracy": 0.25}
+      folder, _, name = str(workdir.path).rpartition("-")
+      assert config.init_from == f"{folder}/{'export' if name == 'autoattack' else 'export_last'}"
+      seed = int(folder[-1])
+      best = {"none": [1, 1, 0, 0], "generated": [1, 1, seed, 0]}[pathlib.Path(folder).parent.name]
+      robust = best if name == "autoattack" or "generated" in folder else [1, 0, 0, 0]
+      workdir.record("examples", {"clean": [True, True, True, False], "robust": [bool(r) for r in robust]})
+      return {"autoattack_accuracy": sum(robust) / 4}
     if config.task == "generate":
       return {}
     generated = config.mixing.generated
+    report.image_grid(np.zeros((1, 8, 8, 1), np.uint8), workdir / "report/adversarial_images.png")
     assert generated in ("", str(workdir._parent.path / "images/images"))
     for step, value in ((8, 0.5), (16, 0.3)):
       workdir.append_metrics(step, {"validation/pgd2_accuracy": value + 0.1 * config.seed})
-    best = 0.5 + 0.1 * config.seed
-    return {
-      "clean_accuracy": 0.75,
-      "pgd5_accuracy": best,
-      "last/pgd5_accuracy": best - (0.0 if generated else 0.2),
-    }
+    return {"pgd5_accuracy": 0.5 + 0.1 * config.seed, "best_step": 16}
 
   monkeypatch.setattr(tasks, "find", lambda name: types.SimpleNamespace(run=fake))
   return types.SimpleNamespace(done=done, dying=dying)
@@ -54,42 +57,57 @@ def run(folder, **overrides):
 
 
 def test_stages_once_and_rows_for_every_seed(tmp_path, runs):
-  metrics = run(tmp_path / "run")
-  rows = [
-    f"{row}/seed-{seed}{end}"
-    for seed in (0, 1)
-    for row in ("generated", "none")
-    for end in ("", "-autoattack")
-  ]
+  metrics = run(tmp_path / "run", columns__clean="train:pgd5_accuracy")
+  ends = ("", "-autoattack", "-last")
+  rows = [f"{row}/seed-{seed}{end}" for seed in (0, 1) for row in ("generated", "none") for end in ends]
   assert runs.done[0] == "images" and sorted(runs.done[1:]) == sorted(rows)
-  assert runs.done.index("none/seed-1") > runs.done.index("generated/seed-0-autoattack")  # seed by seed
-  np.testing.assert_allclose(metrics["none/best"], 0.55)
+  assert runs.done.index("none/seed-1") > runs.done.index("generated/seed-0-last")  # seed by seed
+  np.testing.assert_allclose(metrics["none/clean"], 0.55)
   # Student's interval of two values 0.1 apart: t(0.975; 1) = 12.706 times 0.0707 / sqrt 2
-  np.testing.assert_allclose(metrics["none/best/interval"], 12.7062 * 0.05, rtol=1e-4)
-  np.testing.assert_allclose([metrics["none/gap"], metrics["none/gap/interval"]], [0.2, 0], atol=1e-12)
-  np.testing.assert_allclose(
-    [metrics["generated/gap"], metrics["generated/autoattack"]], [0, 0.25], atol=1e-12
-  )
+  np.testing.assert_allclose(metrics["none/clean/interval"], 12.7062 * 0.05, rtol=1e-4)
 
 
-def test_the_table_the_curves_and_every_seed(tmp_path, runs):
+def test_verdicts_are_compared_image_by_image(tmp_path, runs):
+  metrics = run(tmp_path / "run")
+  found = [metrics[f"none/{name}"] for name in ("clean", "best", "last", "gap")]
+  np.testing.assert_allclose(found, [0.75, 0.5, 0.25, 0.25])
+  # the gap is that of the second image alone, with both seeds: a standard deviation of 1/2 among four images
+  np.testing.assert_allclose(metrics["none/gap/interval"], 1.959964 * 0.5 / 2, rtol=1e-5)
+  np.testing.assert_allclose(metrics["generated/gap"], 0)
+  # the third image, with the second seed alone: seeds 0 and 1/4, images 0, 0, 1/2, 0
+  np.testing.assert_allclose(metrics["generated - none/best"], 0.125)
+  square = (12.7062 * 0.125) ** 2 + (1.959964 * 0.25 / 2) ** 2
+  np.testing.assert_allclose(metrics["generated - none/best/interval"], np.sqrt(square), rtol=1e-5)
+  assert not any(name.startswith("none - ") for name in metrics)
+
+
+def test_the_table_the_pictures_and_every_seed(tmp_path, runs):
   run(tmp_path / "run")
   lines = (tmp_path / "run/report/table.md").read_text().splitlines()
-  assert lines[0] == "|  | clean | best | last | gap | autoattack | published |"
-  assert (
-    lines[2] == "| none | 75.0% ± 0.0 | 55.0% ± 63.5 | 35.0% ± 63.5 | 20.0% ± 0.0 | 25.0% ± 0.0 | nothing |"
+  assert lines[0] == "|  | clean | best | last | gap | published |"
+  assert lines[2] == "| none | 75.0% ± 49.0 | 50.0% ± 56.6 | 25.0% ± 49.0 | 25.0% ± 49.0 | nothing |"
+  assert lines[3].startswith("| generated |") and lines[4] == ""
+  assert lines[5] == "|  | clean | best | last | gap |" and lines[7].startswith(
+    "| generated - none | 0.0% ± 0.0"
   )
-  assert (tmp_path / "run/report/curves.png").stat().st_size > 0
+  for name in ("curves.png", "bars.png"):
+    assert (tmp_path / "run/report" / name).stat().st_size > 0
   page = (tmp_path / "run/report/report.html").read_text()
-  assert "55.0% ± 63.5" in page and "validation/pgd2_accuracy against the epoch" in page
+  assert "50.0% ± 56.6" in page and "validation/pgd2_accuracy against the epoch" in page
+  assert page.count("<figure") == 4 and "none: attacked" in page and "generated: attacked" in page
   result = json.loads((tmp_path / "run/result.json").read_text())
-  np.testing.assert_allclose(result["seeds"]["none"]["best"], [0.5, 0.6])
+  np.testing.assert_allclose(result["seeds"]["generated"]["best"], [0.5, 0.75])
   config = config_lib.load(RECIPE, {"sweep_seeds": "0,1"})
   curves = sweep._curves(
     config, sweep._Plan(config, Workdir(tmp_path / "run", config)), Workdir(tmp_path / "run", config)
   )
   assert curves["none"][0] == [1.0, 2.0]
   np.testing.assert_allclose(curves["none"][1], [0.55, 0.35])
+
+
+def test_what_is_no_accuracy_is_not_in_percent(tmp_path, runs):
+  run(tmp_path / "run", columns__gap="train:best_step")
+  assert "| 16.000 ± 0.000 |" in (tmp_path / "run/report/table.md").read_text()
 
 
 def test_a_sweep_goes_on_where_it_was(tmp_path, runs):
@@ -99,13 +117,15 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, runs):
   first = list(runs.done)
   runs.dying.clear()
   metrics = run(tmp_path / "run")
-  assert len(first) == 4 and len(runs.done) == 9 and len(set(runs.done)) == 9
+  assert len(first) == 4 and len(runs.done) == 13 and len(set(runs.done)) == 13
   assert metrics == run(tmp_path / "other")
 
 
 def test_one_seed_has_no_interval(tmp_path, runs):
-  metrics = run(tmp_path / "run", sweep_seeds="3")
-  assert "none/best/interval" not in metrics and metrics["none/best"] == pytest.approx(0.8)
+  metrics = run(tmp_path / "run", sweep_seeds="3", columns__gap="train:pgd5_accuracy")
+  assert "none/gap/interval" not in metrics and metrics["none/gap"] == pytest.approx(0.8)
+  # of other images alone: 1.96 times the standard deviation of four verdicts
+  assert metrics["none/best/interval"] == pytest.approx(1.959964 * np.sqrt(1 / 3) / 2)
   assert "80.0% |" in (tmp_path / "run/report/table.md").read_text()
 
 
@@ -120,6 +140,9 @@ def test_one_seed_has_no_interval(tmp_path, runs):
     ),
     ("stages.images", "configs/none.py", "no recipe 'configs/none.py'"),
     ("columns.best", "attack:accuracy", "is of no run of a row; there are train, autoattack"),
+    ("baseline", "nothing", "the baseline 'nothing' is no row; there are none, generated"),
+    ("bars", ("worst",), "bars: 'worst' is no column; there are clean, best"),
+    ("pictures", {"a": "{rows}/a.png"}, "speaks of {rows}"),
     ("sweep_seeds", "one", "seeds"),
     ("order.rows", ("none",), "order.rows and rows do not have the same names: 'generated'"),
   ],
@@ -132,7 +155,7 @@ def test_mistakes_are_found_before_anything_runs(tmp_path, runs, key, value, mes
 
 def test_an_unknown_metric_is_named(tmp_path, runs):
   with pytest.raises(
-    InputError, match="no metric 'train:accuracy'; there are autoattack:autoattack_accuracy, train:"
+    InputError, match="no metric 'train:accuracy'; there are autoattack:autoattack_accuracy, autoattack:clean"
   ):
     run(tmp_path / "run", columns__best="train:accuracy")
 

@@ -259,5 +259,5 @@ def test_the_loss_sees_augmentation_labels_dropout_and_classes():
   np.testing.assert_array_equal(loss_of(), base)
   assert (loss_of(labels=11 - batch["label"][0]) != base).all()
   assert (loss_of(**{"model.dropout": 0.0}) != base).all()
-  assert (loss_of(**{"augment_pipe.probability": 0.0}) != base).all()
+  assert (loss_of(**{"augment_pipe.probability": 1.0}) != base).all()  # each image gets all of them
   assert (loss_of(**{"model.label_dropout": 0.99}) != base).any()

@@ -28,18 +28,14 @@ TABLES = ("overfitting", "epochs", "sampling_steps", "augmentations", "datasets"
 VARIANTS = (*TABLES, "cpu", "smoke")
 RECIPE = "configs/at_cifar.py:data.path={data}"
 GENERATED = "mixing.generated={generated}"
-
-
 EVALUATION = "configs/eval_robust.py:init_from={row}/export,data.path={data}"
-ACCURACIES = dict(
-  clean="train:clean_accuracy", pgd40="train:pgd40_accuracy", autoattack="autoattack:autoattack_accuracy"
-)
-OVERFITTING = dict(
-  clean="train:clean_accuracy",
-  best="train:pgd40_accuracy",
-  last="train:last/pgd40_accuracy",
-  gap="train:pgd40_accuracy - train:last/pgd40_accuracy",
-  autoattack="autoattack:autoattack_accuracy",
+LAST = EVALUATION.replace("/export", "/export_last")
+ACCURACIES = dict(clean="autoattack:clean", pgd40="train:pgd40_accuracy", autoattack="autoattack:robust")
+OVERFITTING = dict(  # under AutoAttack
+  clean="autoattack:clean",
+  best="autoattack:robust",
+  last="last:robust",
+  gap="autoattack:robust - last:robust",
 )
 
 
@@ -58,7 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
   config.generator = "data/edm-cifar10-32x32-cond-vp.pkl"  # of sampling_steps
   config.unconditional = "data/edm-cifar10-32x32-uncond-vp.pkl"
   table = dict(stages={}, evaluations=dict(autoattack=EVALUATION), columns=ACCURACIES, published={})
-  table |= dict(curve="validation/pgd40_accuracy", epoch_steps=98)
+  table |= dict(baseline="", curve="validation/pgd40_accuracy", epoch_steps=98, bars=(), pictures={})
   table |= globals()[f"_{names[0] if names else 'overfitting'}"]()
   ordered = ("stages", "rows", "columns")  # a ConfigDict does not keep the order of its keys
   config.update(table | {"order": {name: tuple(table[name]) for name in ordered}})
@@ -77,7 +73,15 @@ def _overfitting():
     rows[name] = f"{RECIPE},{GENERATED},mixing.num_generated={1000 * count}"
     published[name] = text
   title = "Robust overfitting and the amount of generated data"
-  return dict(title=title, rows=rows, columns=OVERFITTING, published=published)
+  evaluations = dict(autoattack=EVALUATION, last=LAST)
+  return dict(
+    title=title,
+    rows=rows,
+    evaluations=evaluations,
+    columns=OVERFITTING,
+    published=published,
+    baseline="none",
+  )
 
 
 def _epochs():
@@ -164,39 +168,51 @@ def _datasets():
 
 
 def _cpu():
-  data = "data.name=idx,data.path={data},train.num_train=2000"
-  shared = (
-    f"configs/at_cifar.py:cpu,{data},model.mean=(0.286,),model.std=(0.353,),train.num_validation=500,"
-    "train.num_epochs=60,eval.num_test=2000"
+  data = "data.name=idx,data.path={data},train.num_train=2500,train.num_validation=500"
+  training = (
+    f"configs/at_cifar.py:cpu,{data},eval.num_test=2000,eval.batch_size=250,"
+    "model.width=2,model.patch=4,model.mean=(0.286,),model.std=(0.353,),"
+    "objective.radius=0.1,objective.step_size=0.03,objective.num_steps=5,"
+    "eval.attack.radius=0.1,eval.attack.step_size=0.02,eval.validation_attack.radius=0.1,eval.validation_attack.step_size=0.02,"
+    "train.num_epochs=100,train.validate_every_epochs=2"
+  )
+  evaluation = (
+    "configs/eval_robust.py:cpu,data.name=idx,data.path={data},eval.num_test=2000,eval.batch_size=250,eval.radii=(),"
+    "attack.radius=0.1,eval.attack.radius=0.1,eval.attack.step_size=0.02,init_from={row}/"
   )
   return dict(
     title="Robust overfitting on 2000 images of Fashion-MNIST",
     stages=dict(
-      generator=f"configs/edm_cifar.py:cpu,{data},train.num_validation=0",
+      generator=f"configs/edm_cifar.py:cpu,{data}",
       images="configs/generate_cifar.py:cpu,init_from={generator}/export,generate.num_images=10000",
     ),
-    rows=dict(none=shared, generated=f"{shared},mixing.generated={{images}}/images"),
-    evaluations=dict(
-      autoattack="configs/eval_robust.py:cpu,init_from={row}/export,data.name=idx,data.path={data},eval.num_test=2000"
-    ),
+    rows=dict(none=training, generated=f"{training},mixing.generated={{images}}/images"),
+    evaluations=dict(autoattack=f"{evaluation}export", last=f"{evaluation}export_last"),
     columns=OVERFITTING,
+    baseline="none",
     curve="validation/pgd10_accuracy",
-    epoch_steps=32,
+    epoch_steps=40,
+    bars=("best", "last"),
+    pictures={"generated images": "{images}/report/samples.png"},
   )
 
 
 def _smoke():
-  shared = "configs/at_cifar.py:smoke"
+  training = "configs/at_cifar.py:smoke"
+  evaluation = (
+    "configs/eval_robust.py:smoke,attack.version=custom,attack.attacks=('apgd_ce',),init_from={row}/"
+  )
   return dict(
     title="Robust overfitting, a smoke test",
     sweep_seeds="0",
     stages=dict(images="configs/generate_cifar.py:smoke"),
-    rows=dict(none=shared, generated=f"{shared},mixing.generated={{images}}/images,mixing.ratio=0.5"),
-    evaluations=dict(
-      autoattack="configs/eval_robust.py:smoke,init_from={row}/export,attack.version=custom,attack.attacks=('apgd_ce',)"
-    ),
-    columns={name: formula.replace("pgd40", "pgd5") for name, formula in OVERFITTING.items()},
+    rows=dict(none=training, generated=f"{training},mixing.generated={{images}}/images,mixing.ratio=0.5"),
+    evaluations=dict(autoattack=f"{evaluation}export", last=f"{evaluation}export_last"),
+    columns=OVERFITTING,
     published=dict(none="nothing"),
+    baseline="none",
     curve="validation/pgd2_accuracy",
     epoch_steps=8,
+    bars=("best", "last"),
+    pictures={"attacked": "{row}/report/adversarial_images.png"},
   )

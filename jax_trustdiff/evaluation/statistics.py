@@ -1,9 +1,10 @@
-"""Intervals for what is measured: an accuracy on n images, a mean over a few seeds."""
+"""Intervals for what is measured: an accuracy on n images, a mean over a few seeds, or over both."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 from scipy import special
 
 from jax_trustdiff.types import InputError
@@ -41,3 +42,24 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     raise InputError(f"an interval of a mean needs at least 2 values, found {n}")
   spread = np.std(values, ddof=1)
   return float(np.mean(values)), float(special.stdtrit(n - 1, 0.975) * spread / math.sqrt(n))
+
+
+def crossed_interval(values: Float[np.ndarray, "seeds images"]) -> tuple[float, float]:
+  """(mean, half width): a 95 % interval for the mean over all seeds and all images, of which these are a sample.
+
+  Every seed saw the same images. The two sources of chance are added in quadrature,
+
+      half width^2 = t(0.975; s - 1)^2 Var_seeds / s + 1.96^2 Var_images / n
+
+  with Var_seeds the variance of the means of the s seeds, and Var_images that of the means of the n images; what is
+  peculiar to one image under one seed counts in both, so the interval is a little wide. With differences of two verdicts on
+  each image it is a paired comparison. One seed: the second term alone, which says nothing about training again.
+  InputError, a ValueError, for fewer than two images.
+  """
+  seeds, images = values.shape
+  if images < 2:
+    raise InputError(f"an interval over images needs at least 2, found {images}")
+  square = (special.ndtri(0.975) * np.std(values.mean(axis=0), ddof=1)) ** 2 / images
+  if seeds > 1:
+    square += mean_interval(values.mean(axis=1).tolist())[1] ** 2
+  return float(values.mean()), float(math.sqrt(square))

@@ -45,7 +45,7 @@ class WideResNetModule(nn.Module):
     config = self.config
     dtype = DTYPES[config.dtype]
     block = nn.remat(Block, static_argnums=(2,)) if config.remat else Block
-    h = normalise(x, config.mean, config.std).astype(dtype)
+    h = _patches(normalise(x, config.mean, config.std), config.patch).astype(dtype)
     h = layers.conv(16, 3, dtype=dtype, name="conv")(h)
     for i in range(3):
       for j in range((config.depth - 4) // 6):
@@ -62,6 +62,13 @@ class WideResNetModule(nn.Module):
     return layers.linear(config.num_classes, name="logits", dtype=layers.wide(dtype))(h)
 
 
+def _patches(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b h2 w2 c2"]:
+  """Every square of `size` x `size` positions as the channels of one."""
+  b, h, w, c = x.shape
+  x = x.reshape(b, h // size, size, w // size, size, c).swapaxes(2, 3)
+  return x.reshape(b, h // size, w // size, size * size * c)
+
+
 @dataclasses.dataclass(frozen=True)
 class WideResNet(LinenClassifier):
   """The classifier WRN-depth-width: a 3x3 convolution to 16 channels, three groups of (depth - 4) / 6 blocks
@@ -73,6 +80,8 @@ class WideResNet(LinenClassifier):
   one value per channel, or one for all. dtype: 'float32' or 'bfloat16', the type of convolutions and
   activations; parameters, statistics, normalised images before the cast, and logits are float32. 'float64', for
   tests, needs jax_enable_x64 and widens all but the parameters.
+  patch: squares of so many pixels a side are the channels of one position (space to depth); 1: as in the papers.
+  With 2 or 4 a step takes about a fourth or a sixteenth of the time, for small machines.
   remat: recompute each block in the backward pass to save memory. bn_groups: ghost batch normalisation
   (Hoffer et al. 2017, algorithm 1) in that many groups of a batch.
   """
@@ -84,6 +93,7 @@ class WideResNet(LinenClassifier):
   activation: str = "swish"
   mean: tuple[float, ...] = (0.0,)
   std: tuple[float, ...] = (1.0,)
+  patch: int = 1
   dtype: str = "float32"
   remat: bool = False
   bn_groups: int = 1
@@ -93,6 +103,9 @@ class WideResNet(LinenClassifier):
     good = self.depth >= 10 and (self.depth - 4) % 6 == 0
     check(good, f"wide_resnet: depth must be 10, 16, 22, 28, ... (4 + 6n), got {self.depth}")
     check(self.width >= 1, f"wide_resnet: width must be at least 1, got {self.width}")
+    height, wide, _ = self.image_shape
+    whole = self.patch >= 1 and height % self.patch == 0 and wide % self.patch == 0
+    check(whole, f"wide_resnet: patch={self.patch} does not divide images of {height}x{wide}")
 
   @property
   def module(self) -> nn.Module:

@@ -211,37 +211,3 @@ def noise_classifier_report(config, workdir: Workdir, held_out: sources.ImageSou
     config_text=config_lib.to_json(config),
     info=workdir.information(),
   )
-
-
-def quickstart_report(config, workdir: Workdir, names: tuple[str, ...], attack: str, metrics) -> None:
-  """Bars of clean and robust accuracy for each of `names`, the samples, and the pictures of the runs' own reports."""
-  folder = workdir / "report"
-  folder.mkdir(exist_ok=True)
-  bars = {
-    name: {"clean": metrics[f"{name}/clean_accuracy"], attack: metrics[f"{name}/{attack}_accuracy"]}
-    for name in names
-  }
-  report.bars(bars, folder / "accuracy.png", ylabel="accuracy")
-  figures = [(folder / "accuracy.png", f"Accuracy on the test images, clean and under {attack}")]
-  for name in names:
-    own = workdir / name / "report"
-    figures.append((own / "adversarial_images.png", f"{name}: clean, adversarial, amplified difference"))
-    figures.append((own / "training_curves.png", f"{name}: training and validation"))
-  samples = sorted((workdir / "diffusion" / "samples").glob("*.png"))
-  own = workdir / "diffusion" / "report"
-  figures += [(samples[-1], "Samples of the diffusion model, a digit of each class in turn")]
-  figures += [(own / "training_images.png", "Training images")]
-  figures += [(own / "training_curves.png", "diffusion: training and validation")]
-  accuracies = "; ".join(
-    f"{n}: {b['clean']:.1%} clean, {b[attack]:.1%} under {attack}" for n, b in bars.items()
-  )
-  report.html_report(
-    folder / "report.html",
-    title="Standard and adversarial training, and a diffusion model of the same images",
-    summary=accuracies + ".",
-    metrics=metrics,
-    figures=figures,
-    tables=[],
-    config_text=config_lib.to_json(config),
-    info=workdir.information(),
-  )

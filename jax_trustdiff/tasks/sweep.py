@@ -1,8 +1,10 @@
 """A table of runs that differ in a few keys: what must be there first, the rows with several seeds each, their evaluations."""
 
 import dataclasses
+import json
+import pathlib
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,12 @@ from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError
 
 TABLE, CURVES = "table.md", "curves.png"
+BARS = "bars.png"
 TRAINING = "train"  # the run of a row itself, beside its evaluations, in names of metrics
+VERDICTS = ("clean", "robust")  # on every image, of an evaluation of robustness
+
+_Found = dict[str, float | np.ndarray]  # '<run>:<metric>' -> its value, or the verdicts on the images [n]
+_Columns = dict[str, dict[str, np.ndarray]]  # row -> column -> values [seeds] or [seeds, images]
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
@@ -26,27 +33,36 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   A recipe is what --config takes, 'configs/at_cifar.py:cpu,train.num_epochs=20'. A {word} in it stands for a path: {data},
   {generated}, {generator} and {unconditional} for the config's keys of these names, {workdir}, and {<stage>} for the folder of a
   stage; in evaluations also {row} for the folder of the row and seed, and {name} for the name of the row.
-  config.order: {'stages', 'rows', 'columns': their names in order}. config.columns: {column: 'train:<metric>' or '<evaluation>:<metric>'}, also as a difference 'a - b'. config.published: {row: text}.
+  config.order: {'stages', 'rows', 'columns': their names in order}. config.published: {row: text}.
+  config.columns: {column: 'train:<metric>' or '<evaluation>:<metric>', also as a difference 'a - b'}. 'clean' and 'robust' of an
+  evaluation of robustness are the verdicts on its images, and so is a difference of two: their interval speaks of other seeds and
+  other images (`statistics.crossed_interval`), that of other metrics of the seeds alone, and one seed has none.
+  config.baseline: a row that is subtracted from every other, seed by seed and image by image ('': none): '<row> - <baseline>/...'.
   config.curve: the metric of metrics.jsonl that is drawn against the epoch ('': none), of which there are config.epoch_steps steps.
+  config.bars: the columns drawn as bars. config.pictures: {caption: PNG of a run}, where {row} means one for every row.
 
-  Writes workdir/report: table.md, the curves and report.html. A part that has finished is not run again.
+  Writes workdir/report: table.md, the pictures and report.html. A part that has finished is not run again.
   """
   plan = _Plan(config, workdir)
   for name, part in plan.stages.items():
     plan.complete(part, name)
-  found: dict[str, list[dict[str, float]]] = {row: [] for row in plan.rows}
+  found: dict[str, list[_Found]] = {row: [] for row in plan.rows}
   for seed in plan.seeds:
     for row in plan.rows:
-      metrics = {}
+      of_parts = {}
       for name, part in plan.parts(row, seed).items():
         one = plan.complete(part, f"{row}, seed {seed}, {name}")
-        metrics |= {f"{name}:{key}": value for key, value in one.items()}
-      found[row].append(metrics)
+        of_parts |= {f"{name}:{key}": value for key, value in one.items()}
+      found[row].append(of_parts)
   columns = {
-    row: {name: [_value(formula, metrics) for metrics in of_seeds] for name, formula in plan.columns.items()}
+    row: {
+      name: np.stack([_value(formula, one) for one in of_seeds]) for name, formula in plan.columns.items()
+    }
     for row, of_seeds in found.items()
   }
   metrics = _summary(columns)
+  if config.baseline:
+    metrics |= _summary(_less(columns, config.baseline))
   if parallel.is_main_process():
     workdir.open()
     _report(config, plan, workdir, columns, metrics)
@@ -76,6 +92,12 @@ class _Plan:
     taken = [name for name in self.rows if name in self.stages]
     if taken or not self.rows:
       raise InputError(f"{taken[0]!r} is a row and a stage" if taken else "a sweep needs rows")
+    if config.baseline not in ("", *self.rows):
+      raise InputError(f"the baseline {config.baseline!r} is no row; there are {', '.join(self.rows)}")
+    if unknown := [name for name in config.bars if name not in self.columns]:
+      raise InputError(f"bars: {unknown[0]!r} is no column; there are {', '.join(self.columns)}")
+    self._pictures = dict(config.pictures)
+    self.pictures()
     for part in (*self.stages.values(), *(p for row in self.rows for p in self.parts(row, 0).values())):
       config_lib.load(part.recipe)
     for name, formula in self.columns.items():
@@ -86,14 +108,14 @@ class _Plan:
 
   def parts(self, row: str, seed: int) -> dict[str, _Part]:
     """{'train' or an evaluation: its run} of a row with a seed."""
-    folder = f"{row}/seed-{seed}"
+    folder = self._folder(row, seed)
     found = {TRAINING: self._part(folder, f"{self._config.rows[row]},seed={seed}")}
     for name, recipe in self._config.evaluations.items():
       found[name] = self._part(f"{folder}-{name}", recipe, row=str(self._workdir / folder), name=row)
     return found
 
-  def complete(self, part: _Part, what: str) -> dict[str, float]:
-    """The metrics of a run, which is run if it is not finished."""
+  def complete(self, part: _Part, what: str) -> _Found:
+    """The metrics of a run and its verdicts, if it has any; it is run if it is not finished."""
     config = config_lib.load(part.recipe)
     folder = self._workdir.sub(part.folder, config)
 
@@ -101,14 +123,34 @@ class _Plan:
       say(f"{what}: {part.recipe}")
       return tasks.find(config.task).run(config, folder)
 
-    return folder.complete(begin)
+    metrics = folder.complete(begin)
+    examples = json.loads((folder / "result.json").read_text()).get("examples", {})
+    return metrics | {name: np.asarray(examples[name], np.float64) for name in VERDICTS if name in examples}
+
+  def pictures(self) -> list[tuple[pathlib.Path, str]]:
+    """(file, caption) of config.pictures, of the first seed."""
+    found = []
+    for caption, place in self._pictures.items():
+      if "{row}" not in place:
+        found.append((pathlib.Path(self._fill(place)), caption))
+        continue
+      for row in self.rows:
+        folder = str(self._workdir / self._folder(row, self.seeds[0]))
+        found.append((pathlib.Path(self._fill(place, row=folder)), f"{row.replace('_', ' ')}: {caption}"))
+    return found
+
+  def _folder(self, row: str, seed: int) -> str:
+    return f"{row}/seed-{seed}"
 
   def _part(self, folder: str, recipe: str, **more: str) -> _Part:
+    return _Part(folder, self._fill(recipe, **more))
+
+  def _fill(self, text: str, **more: str) -> str:
     places = self._places | more
-    words = [word for _, word, _, _ in string.Formatter().parse(recipe) if word is not None]
+    words = [word for _, word, _, _ in string.Formatter().parse(text) if word is not None]
     if unknown := [word for word in words if word not in places]:
-      raise InputError(f"{recipe!r} speaks of {{{unknown[0]}}}; there are {', '.join(places)}")
-    return _Part(folder, recipe.format(**places))
+      raise InputError(f"{text!r} speaks of {{{unknown[0]}}}; there are {', '.join(places)}")
+    return text.format(**places)
 
 
 def _ordered(config, section: str) -> dict[str, str]:
@@ -124,39 +166,60 @@ def _terms(formula: str) -> list[str]:
   return [term.strip() for term in formula.split(" - ")]
 
 
-def _value(formula: str, metrics: Mapping[str, float]) -> float:
+def _value(formula: str, found: _Found) -> np.ndarray:
+  """The value of a column for one seed: verdicts [n] where all of its terms are, else a number []."""
   values = []
   for term in _terms(formula):
-    if term not in metrics:
-      raise InputError(f"there is no metric {term!r}; there are {', '.join(sorted(metrics))}")
-    values.append(float(metrics[term]))
-  return values[0] - sum(values[1:])
+    if term not in found:
+      raise InputError(f"there is no metric {term!r}; there are {', '.join(sorted(found))}")
+    values.append(np.asarray(found[term], np.float64))
+  if len({value.shape for value in values}) > 1:
+    values = [value.mean() for value in values]
+  return np.asarray(values[0] - sum(values[1:]))
 
 
-def _summary(columns: Mapping[str, Mapping[str, list[float]]]) -> dict[str, float]:
+def _less(columns: _Columns, baseline: str) -> _Columns:
+  """Every other row less the row `baseline`, of the same seed and image."""
+  base = columns[baseline]
+  return {
+    f"{row} - {baseline}": {name: values - base[name] for name, values in of_row.items()}
+    for row, of_row in columns.items()
+    if row != baseline
+  }
+
+
+def _summary(columns: _Columns) -> dict[str, float]:
   metrics = {}
   for row, of_row in columns.items():
     for name, values in of_row.items():
-      if len(values) == 1:
-        metrics[f"{row}/{name}"] = values[0]
+      place = f"{row}/{name}"
+      if values.ndim == 2:
+        metrics[place], metrics[f"{place}/interval"] = statistics.crossed_interval(values)
+      elif len(values) > 1:
+        metrics[place], metrics[f"{place}/interval"] = statistics.mean_interval(values.tolist())
       else:
-        metrics[f"{row}/{name}"], metrics[f"{row}/{name}/interval"] = statistics.mean_interval(values)
+        metrics[place] = float(values[0])
   return metrics
 
 
-def _table(config, plan: _Plan, metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+def _table(rows: Sequence[str], plan: _Plan, metrics, published) -> tuple[list[str], list[list[str]]]:
   """(header, rows) of text: accuracies in percent, means with the half-width of their interval."""
 
   def cell(row, name):
-    text, half = f"{metrics[f'{row}/{name}']:.1%}", metrics.get(f"{row}/{name}/interval")
-    return text if half is None else f"{text} ± {100 * half:.1f}"
+    value, half = metrics[f"{row}/{name}"], metrics.get(f"{row}/{name}/interval")
+    if all(
+      term.endswith(("_accuracy", *(f":{verdict}" for verdict in VERDICTS)))
+      for term in _terms(plan.columns[name])
+    ):
+      return f"{value:.1%}" + (f" ± {100 * half:.1f}" if half is not None else "")
+    return f"{value:.3f}" + (f" ± {half:.3f}" if half is not None else "")
 
-  header = ["", *plan.columns] + (["published"] if config.published else [])
-  rows = []
-  for row in plan.rows:
-    published = [config.published.get(row, "")] if config.published else []
-    rows.append([row.replace("_", " "), *(cell(row, name) for name in plan.columns), *published])
-  return header, rows
+  header = ["", *plan.columns] + (["published"] if published else [])
+  lines = []
+  for row in rows:
+    last = [published.get(row, "")] if published else []
+    lines.append([row.replace("_", " "), *(cell(row, name) for name in plan.columns), *last])
+  return header, lines
 
 
 def _curves(config, plan: _Plan, workdir: Workdir) -> dict[str, tuple[list[float], list[float]]]:
@@ -176,14 +239,23 @@ def _curves(config, plan: _Plan, workdir: Workdir) -> dict[str, tuple[list[float
   return found
 
 
-def _report(config, plan: _Plan, workdir: Workdir, columns, metrics: dict[str, Any]) -> None:
+def _report(config, plan: _Plan, workdir: Workdir, columns: _Columns, metrics: dict[str, Any]) -> None:
   folder = workdir / "report"
   folder.mkdir(exist_ok=True)
-  header, rows = _table(config, plan, metrics)
-  lines = [header, ["---"] * len(header), *rows]
-  (folder / TABLE).write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
-  workdir.record("seeds", {row: of_row for row, of_row in columns.items()})
+  tables = [(config.title, *_table(plan.rows, plan, metrics, config.published))]
+  if config.baseline:
+    others = [f"{row} - {config.baseline}" for row in plan.rows if row != config.baseline]
+    tables.append(("Differences, of the same seeds and images", *_table(others, plan, metrics, {})))
+  (folder / TABLE).write_text("\n".join(_markdown(header, lines) for _, header, lines in tables))
+  means = {
+    row: {name: values.reshape(len(values), -1).mean(1).tolist() for name, values in of_row.items()}
+    for row, of_row in columns.items()
+  }
+  workdir.record("seeds", means)
   figures = []
+  if config.bars:
+    _bars(config, plan, metrics, folder / BARS)
+    figures.append((folder / BARS, ", ".join(config.bars)))
   if config.curve:
     curves = _curves(config, plan, workdir)
     report.accuracy_curves(curves, folder / CURVES, xlabel="epoch")
@@ -191,10 +263,26 @@ def _report(config, plan: _Plan, workdir: Workdir, columns, metrics: dict[str, A
   report.html_report(
     folder / "report.html",
     title=config.title,
-    summary=f"Mean of {len(plan.seeds)} seed(s) with the half-width of the 95 % Student interval of the mean.",
-    metrics=metrics,
-    figures=figures,
-    tables=[(config.title, header, rows)],
+    summary=f"Mean of {len(plan.seeds)} seed(s) with the half-width of its 95 % interval.",
+    metrics={},  # the tables have them
+    figures=figures + plan.pictures(),
+    tables=tables,
     config_text=config_lib.to_json(config),
     info=workdir.information(),
   )
+
+
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+  return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *lines))
+
+
+def _bars(config, plan: _Plan, metrics: Mapping[str, float], path: pathlib.Path) -> None:
+  groups, intervals = {}, {}
+  for row in plan.rows:
+    name = row.replace("_", " ")
+    groups[name] = {column: metrics[f"{row}/{column}"] for column in config.bars}
+    intervals[name] = {}
+    for column, mean in groups[name].items():
+      if (half := metrics.get(f"{row}/{column}/interval")) is not None:
+        intervals[name][column] = (mean - half, mean + half)
+  report.bars(groups, path, ylabel="accuracy", intervals=intervals)

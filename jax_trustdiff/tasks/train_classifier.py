@@ -31,8 +31,8 @@ from jax_trustdiff.types import Classifier, InputError, Variables, to_unit
 def run(config, workdir: Workdir) -> dict[str, float]:
   """Trains to the end, or goes on from the workdir's checkpoint, and returns the metrics of the test images.
 
-  clean_accuracy and <attack>_accuracy are those of the best checkpoint, which is exported; last/... those of the
-  final one. All use averaged parameters and the running statistics of the raw ones.
+  clean_accuracy and <attack>_accuracy are those of the best checkpoint, which workdir/export holds; last/... those of the
+  final one, in workdir/export_last. All use averaged parameters and the running statistics of the raw ones.
   """
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.model, config.mesh.shard)
   data = classifiers.load_data(config)
@@ -81,11 +81,12 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   else:
     final = verdicts
   metrics |= {f"last/{key}": value for key, value in _accuracies(final, config).items()}
-  exported = parallel.gather_to_host(best.ema_variables)
+  section = classifiers.model_section(config, network)
+  for name, chosen in (("export", best), ("export_last", last)):
+    exported = parallel.gather_to_host(chosen.ema_variables)
+    if parallel.is_main_process():
+      export.save_export(workdir / name, section, exported, {"metrics": metrics})
   if parallel.is_main_process():
-    export.save_export(
-      workdir / "export", classifiers.model_section(config, network), exported, {"metrics": metrics}
-    )
     reports.classifier_report(config, workdir, data.test.class_names, verdicts, metrics)
   return metrics
 
