@@ -1,5 +1,6 @@
 """Shared test set-up: CPU, a persistent compilation cache, and where the reference values are, if present."""
 
+import importlib.metadata
 import os
 import pathlib
 
@@ -8,8 +9,12 @@ os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "jax_trustdiff" / "tests")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # small programs, but many of them
-# Tests compile more than they compute; at level 0 those that compute take longer than is won.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# Tests compile more than they compute: little is optimised, but in tests marked `computes`. Processes that they start inherit it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+_flags = "--xla_cpu_parallel_codegen_split_count=1"
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # later versions do not know the flag
+  _flags += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", _flags)
 
 import jax
 import pytest
@@ -24,6 +29,16 @@ def shared_dir(*parts: str) -> pathlib.Path:
   if not path.exists():
     pytest.skip(f"no reference data: {'/'.join(parts)} is not below TRUSTDIFF_SHARED")
   return path
+
+
+@pytest.fixture(autouse=True)
+def optimised(request):
+  """Programs of tests marked `computes` are optimised."""
+  usual = jax.config.read("jax_disable_most_optimizations")
+  if request.node.get_closest_marker("computes"):
+    jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", usual)
 
 
 @pytest.fixture

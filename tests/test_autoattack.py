@@ -535,6 +535,7 @@ LONG = pytest.mark.skipif(not os.environ.get("TRUSTDIFF_LONG"), reason="two minu
 
 
 @pytest.mark.slow
+@pytest.mark.computes
 @pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=LONG)])
 def test_counts_on_a_robust_network_are_those_of_the_original(norm):
   """Independent draws: the standard count within 1 of 128, as the reference's README says."""

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import jax_trustdiff
+
 NOTEBOOKS = sorted((pathlib.Path(__file__).resolve().parent.parent / "colabs").glob("*.ipynb"))
 
 
@@ -55,7 +57,12 @@ def test_quickstart_runs(tmp_path, monkeypatch):
     x_adv = np.asarray(attacked[name])
     assert 0.9 * radius < np.abs(x_adv - x).max() <= radius + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
     right = (np.asarray(classifier(found["x"])).argmax(axis=1) == np.asarray(found["y"])).mean()
-    assert found["metrics"][f"{name}/clean_accuracy"] == pytest.approx(right, abs=1e-6)
+    assert found["metrics"][f"{name}/clean"] == pytest.approx(right, abs=1e-6)
+    folder = pathlib.Path(found["workdir"].path) / name / "seed-0"
+    last = jax_trustdiff.load_classifier(folder / "export_last")
+    metrics = json.loads((folder / "result.json").read_text())["metrics"]
+    right_at_last = (np.asarray(last(found["x"])).argmax(axis=1) == np.asarray(found["y"])).mean()
+    assert metrics["last/clean_accuracy"] == pytest.approx(right_at_last, abs=1e-6)
     curve = [group[name] for group in found["curve"].values()]
     assert curve[0] == pytest.approx(right, abs=1e-6), "a radius of 0 is no attack"
     assert curve[-1] < curve[0]

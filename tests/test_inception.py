@@ -86,6 +86,7 @@ def test_features_of_the_reference(golden, extractor):
 
 
 @pytest.mark.slow
+@pytest.mark.computes
 def test_fid_of_the_reference(golden, extractor, tmp_path):
   folder = shared_dir("data", "cifar10")
   subprocess.run([sys.executable, str(folder / "unpack.py"), str(tmp_path)], check=True, capture_output=True)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from workers import flags
 
 from jax_trustdiff.models import layers
 
@@ -201,7 +202,6 @@ print("same")
 
 
 def test_a_batch_sharded_over_devices_has_the_statistics_and_gradients_of_the_whole_batch():
-  flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-  env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  env = {**os.environ, "XLA_FLAGS": flags(4), "JAX_PLATFORMS": "cpu"}
   done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False)
   assert done.stdout.strip() == "same", done.stderr

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from workers import flags
 
 from jax_trustdiff import main
 from jax_trustdiff.training.workdir import Workdir
@@ -147,7 +148,7 @@ def test_help_and_print_config():
 
 
 def test_batches_must_fit_the_devices(tmp_path):
-  env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  env = {"XLA_FLAGS": flags(8)}
   shown = command(SMOKE, "--config.train.batch_size=36", f"--workdir={tmp_path}/run", **env)
   assert shown.returncode == 2 and "batch size 36 is not divisible by the 8 devices" in shown.stderr
   assert "Traceback" not in shown.stderr and not (tmp_path / "run").exists()

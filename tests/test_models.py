@@ -153,6 +153,18 @@ def test_normalisation_is_inside_the_network():
   np.testing.assert_allclose(inside, outside, rtol=1e-5, atol=1e-6)
 
 
+def test_patches_are_squares_in_the_order_of_einops():
+  """'b (h p) (w q) c -> b h w (p q c)': the network sees what it would see of an image rearranged beforehand."""
+  x = jax.random.uniform(jax.random.key(1), (2, 8, 12, 3))
+  network = tiny(image_shape=(8, 12, 3), patch=4)
+  variables = fresh(network)
+  rows = [jnp.concatenate([x[:, 4 * i + p, q::4] for p in range(4) for q in range(4)], -1) for i in range(2)]
+  rearranged = jnp.stack(rows, 1)
+  assert rearranged.shape == (2, 2, 3, 48) and variables["params"]["conv"]["kernel"].shape == (3, 3, 48, 16)
+  plain = tiny(image_shape=(2, 3, 48))
+  np.testing.assert_allclose(network.logits(variables, x), plain.logits(variables, rearranged), rtol=1e-6)
+
+
 @pytest.mark.floor
 def test_an_equal_network_with_other_values_is_not_compiled_again():
   traces = []
@@ -181,6 +193,8 @@ def test_an_equal_network_with_other_values_is_not_compiled_again():
     ("wide_resnet", {"mean": (0.1, 0.2)}, "1 or 3 numbers"),
     ("wide_resnet", {"std": (0.0,)}, "positive"),
     ("wide_resnet", {"width": 0}, "at least 1"),
+    ("wide_resnet", {"patch": 3}, "patch=3 does not divide images of 32x32"),
+    ("wide_resnet", {"patch": 0}, "patch=0"),
     ("preact_resnet", {"depth": 50}, "18, 34"),
     ("preact_resnet", {"shortcut": "5x5"}, "3x3, 1x1"),
     ("preact_resnet", {"num_classes": 1}, "at least 2"),

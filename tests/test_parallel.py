@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from parallel_worker import tiny_source
+from workers import flags
 
 from jax_trustdiff import parallel
 from jax_trustdiff.data import pipeline
@@ -25,7 +26,7 @@ def run_workers(num_processes: int, devices_each: int, folder: pathlib.Path) -> 
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
   env = os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each}",
+    "XLA_FLAGS": flags(devices_each),
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": str(ROOT),
   }

@@ -33,11 +33,11 @@ def cpu_seconds() -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "recipe",  # the benchmark's is run by test_benchmark.py
+  "recipe",  # those of the benchmark and the quickstart are run by test_benchmark.py and test_colabs.py
   [
     pytest.param(name, marks=pytest.mark.floor if name == "at_cifar" else ())
     for name in RECIPES
-    if name != "benchmark"
+    if name not in ("benchmark", "quickstart")
   ],
 )
 def test_smoke_takes_less_than_a_minute_of_two_cores(tmp_path, recipe):

@@ -396,7 +396,34 @@ def test_mean_interval_is_students():
   assert statistics.mean_interval([0.5, 0.5, 0.5, 0.5]) == (0.5, 0.0)
 
 
+def test_crossed_interval_covers_the_mean_of_other_seeds_and_images():
+  """Verdicts of a random-effects model; an interval over the images alone, or the seeds alone, is too narrow."""
+  rng = np.random.default_rng(0)
+
+  def draw(seed_spread, image_spread):
+    """[3 seeds, 200 images] of differences in {-1, 0, 1}, whose expectation is 0."""
+    rates = seed_spread * rng.standard_normal((3, 1)) + image_spread * rng.standard_normal((1, 200))
+    return np.sign(rates) * (rng.random((3, 200)) < np.minimum(np.abs(rates), 1))
+
+  def within(interval, spreads):
+    tries = [interval(draw(*spreads)) for _ in range(2000)]
+    return np.mean([abs(mean) <= half for mean, half in tries])
+
+  def of_images(values):
+    return statistics.crossed_interval(values.mean(0, keepdims=True))
+
+  def of_seeds(values):
+    return statistics.mean_interval(values.mean(1).tolist())
+
+  for spreads in ((0.1, 0.1), (0.0, 0.5), (0.2, 0.0)):
+    assert 0.94 < within(statistics.crossed_interval, spreads) <= 1.0
+  assert within(of_images, (0.2, 0.0)) < 0.5
+  assert within(of_seeds, (0.0, 0.5)) < 0.9
+
+
 def test_intervals_refuse():
+  with pytest.raises(InputError, match="at least 2, found 1"):
+    statistics.crossed_interval(np.ones((3, 1)))
   with pytest.raises(ValueError, match="at least 2 values, found 1"):
     statistics.mean_interval([1.0])
   for k, n in ((-1, 5), (6, 5), (0, 0)):

@@ -9,11 +9,15 @@ import sys
 TESTS = pathlib.Path(__file__).resolve().parent
 
 
+def flags(devices: int) -> str:
+  """XLA_FLAGS of a process with so many virtual CPU devices, beside those of the tests."""
+  return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+
+
 def start(script: str, devices: int, *args) -> subprocess.Popen:
   """tests/<script> on so many virtual CPU devices."""
   env = os.environ | {
-    # Lower optimisation halves the time that XLA:CPU compiles.
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1",
+    "XLA_FLAGS": flags(devices),
     "PYTHONPATH": str(TESTS.parent),
     "JAX_PLATFORMS": "cpu",
   }
