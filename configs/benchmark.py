@@ -14,11 +14,12 @@ beside a lax.scan written by hand for it (sampler_beside_scan/ratio is to be at 
 sampler_gpu: the same with the DDPM++ of the paper (55.7 million), bfloat16, batch 256: for an accelerator.
 edm_train: a training step of that U-Net, with augmentation and without: EDM loss, Adam, parameter average. Minutes.
 edm_train_gpu: the same with the DDPM++ of the paper, bfloat16, batch 256: for an accelerator.
+augment: every augmentation on batches of 512 images of 32x32, and AutoAugment beside Pillow. Half a minute; any device.
 autoattack: standard AutoAttack (benchmark.graph: a classifier as an .npz graph; benchmark.data_path: CIFAR-10 as .npz files) on
 512 images, Linf 2/255, beside the package pyautoattack if the peer has it. Minutes.
 autoattack_gpu: a WRN-28-10 with fresh weights of which nothing breaks, 64 random images, attacked in bfloat16 with verdicts of
 float32, beside torch's in TF32: for an accelerator. Its robust accuracy means nothing, its time is that of the worst case.
-smoke: seconds, with each of them: at_step, 'autoattack,smoke', 'sampler,smoke', 'edm_train,smoke'.
+smoke: seconds, with each of them: at_step, 'augment,smoke', 'autoattack,smoke', 'sampler,smoke', 'edm_train,smoke'.
 
 On a GPU both programs share its memory, of which jax takes three quarters when it starts unless told otherwise:
 XLA_PYTHON_CLIENT_PREALLOCATE=false python -m jax_trustdiff.main --config=configs/benchmark.py:wrn28_10
@@ -30,7 +31,7 @@ from jax_trustdiff import config as config_lib
 from jax_trustdiff.types import InputError
 
 VARIANTS = (
-  *("at_step", "wrn28_10", "autoattack", "autoattack_gpu", "sampler", "sampler_gpu", "edm_train"),
+  *("at_step", "wrn28_10", "augment", "autoattack", "autoattack_gpu", "sampler", "sampler_gpu", "edm_train"),
   *("edm_train_gpu", "smoke"),
 )
 
@@ -49,6 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
   config.benchmark = {
     "at_step": _at_step,
     "wrn28_10": _at_step,
+    "augment": _augment,
     "autoattack": _autoattack,
     "sampler": _sampler,
     "edm_train": _edm_train,
@@ -67,6 +69,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.benchmark.peer_dtypes = ("float32", "bfloat16")
   if "smoke" in names and config.benchmark.name == "at_step":
     config.benchmark.update(depth=10, width=1, batch_size=8, num_steps=2, rounds=2, cliff=2)
+  elif "smoke" in names and name == "augment":
+    config.benchmark.update(batch_size=16, rounds=2, batches_per_round=1)
   elif "smoke" in names and name == "autoattack":
     config.benchmark.update(
       depth=10, width=1, num_images=4, radius=0.5, batch_size=4, rounds=1, version="rapid"
@@ -97,6 +101,25 @@ def _at_step():
     steps_per_round=1,
     peer_python="",  # an interpreter with torch; '': this one, if it has torch
     cliff=16,  # images whose gradient convolutions are measured inside and outside a loop; 0: none
+  )
+
+
+def _augment():
+  return dict(
+    name="augment",
+    names=(
+      "pad_crop_flip",
+      "pad_crop_flip_rotate",
+      "cutout",
+      "cutmix",
+      "auto_augment",
+      "rand_augment",
+      "idbh",
+    ),
+    image_size=32,
+    batch_size=512,
+    rounds=5,
+    batches_per_round=4,
   )
 
 

@@ -11,15 +11,18 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # small programs, but many of them
 # Tests compile more than they compute: little is optimised, but in tests marked `computes`. Processes that they start inherit it.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-_flags = "--xla_cpu_parallel_codegen_split_count=1"
-if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # later versions do not know the flag
-  _flags += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", _flags)
+os.environ.setdefault(
+  "XLA_FLAGS",
+  "--xla_cpu_parallel_codegen_split_count=1"
+  if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) >= (0, 11)  # these know no other
+  else "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false",
+)
 
 import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+LONG = pytest.mark.skipif(not os.environ.get("TRUSTDIFF_LONG"), reason="minutes: set TRUSTDIFF_LONG=1")
 
 
 def shared_dir(*parts: str) -> pathlib.Path:

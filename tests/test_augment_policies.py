@@ -15,6 +15,8 @@ from jax_trustdiff.data import policies
 from jax_trustdiff.data.augment import AUGMENTATIONS
 from jax_trustdiff.types import InputError
 
+pytestmark = pytest.mark.computes
+
 
 def repeated(image, number):
   return jnp.broadcast_to(jnp.asarray(image), (number, *image.shape))

@@ -1,14 +1,13 @@
 """AutoAttack: schedules, projections, worlds with known answers, and results that depend on nothing but the images."""
 
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
-from conftest import shared_dir
+from conftest import LONG, shared_dir
 from reference_nets import load_graph
 from workers import answer, start
 
@@ -531,12 +530,9 @@ def test_bad_settings():
 # ---- real images ----
 
 
-LONG = pytest.mark.skipif(not os.environ.get("TRUSTDIFF_LONG"), reason="two minutes: set TRUSTDIFF_LONG=1")
-
-
-@pytest.mark.slow
+@LONG
 @pytest.mark.computes
-@pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=LONG)])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_counts_on_a_robust_network_are_those_of_the_original(norm):
   """Independent draws: the standard count within 1 of 128, as the reference's README says."""
   folder = shared_dir("golden", "autoattack")

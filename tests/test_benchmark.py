@@ -14,11 +14,18 @@ import pytest
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
+from jax_trustdiff.data.augment import AUGMENTATIONS
 from jax_trustdiff.diffusion.augment import resample
 from jax_trustdiff.diffusion.samplers import EDMSampler
 from jax_trustdiff.interop import edm_names, graph_npz
 from jax_trustdiff.models.registry import MODELS, bind, forward_flops, num_params
-from jax_trustdiff.tasks import benchmark, benchmark_at_step, benchmark_autoattack, benchmark_diffusion
+from jax_trustdiff.tasks import (
+  benchmark,
+  benchmark_at_step,
+  benchmark_augment,
+  benchmark_autoattack,
+  benchmark_diffusion,
+)
 from jax_trustdiff.tasks import benchmark_tools as tools
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, RunError
@@ -308,3 +315,31 @@ def test_autoattack_is_timed_beside_its_peer(tmp_path):
     assert 0 < found["autoattack/ratio_low"] <= found["autoattack/ratio_high"]
   else:
     assert "autoattack/ratio" not in found
+
+
+def test_augmentations_are_timed_and_auto_augment_beside_pillow(tmp_path):
+  found = measured(tmp_path, "augment,smoke", names=("cutmix", "auto_augment"))
+  assert found["auto_augment/images_per_second"] > 0 and found["auto_augment/pillow_images_per_second"] > 0
+  assert found["auto_augment/ratio_low"] <= found["auto_augment/ratio"] <= found["auto_augment/ratio_high"]
+  assert found["cutmix/images_per_second"] > 0 and "cutmix/ratio" not in found
+  with pytest.raises(InputError, match="no augmentation 'cut_mix'; known: "):
+    benchmark_augment.augment(("cut_mix",), 32, 4, 1, 1)
+
+
+@pytest.mark.computes
+def test_pillow_augments_as_we_do():
+  """The mean of each pixel over many draws; without the square that is cut out it is another."""
+  number = 3000
+  image = np.random.RandomState(1).randint(0, 256, (16, 16, 3), dtype=np.uint8)
+  draw = jax.jit(AUGMENTATIONS["auto_augment"](length=6))
+  ours = np.asarray(draw(jnp.broadcast_to(jnp.asarray(image), (number, *image.shape)), jax.random.key(0)))
+  rng = np.random.default_rng(0)
+
+  def apart(length):
+    """Root mean square of the differences of means, in standard errors."""
+    theirs = [benchmark_augment.pillow_auto_augment(image, rng, length) for _ in range(number)]
+    pair = [np.asarray(x, np.float64) for x in (ours, theirs)]
+    error = np.sqrt(sum(x.var(0) for x in pair) / number)
+    return np.sqrt(np.mean(np.square((pair[0].mean(0) - pair[1].mean(0)) / error)))
+
+  assert apart(6) < 1.4 < 2 < apart(4)

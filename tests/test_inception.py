@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import shared_dir
+from conftest import LONG, shared_dir
 
 from jax_trustdiff import parallel
 from jax_trustdiff.data.records import image_source
@@ -85,7 +85,7 @@ def test_features_of_the_reference(golden, extractor):
   np.testing.assert_allclose(found.features, golden["features"], atol=5e-5)
 
 
-@pytest.mark.slow
+@LONG
 @pytest.mark.computes
 def test_fid_of_the_reference(golden, extractor, tmp_path):
   folder = shared_dir("data", "cifar10")

@@ -30,7 +30,10 @@ class TwoPixels:
   correlation: jax.Array
 
   def __call__(self, x, sigma):
-    both, apart = x.sum(2, keepdims=True) / 2, (x[:, :, :1] - x[:, :, 1:]) / 2  # along the axes of the ellipse
+    both, apart = (
+      x.sum(2, keepdims=True) / 2,
+      (x[:, :, :1] - x[:, :, 1:]) / 2,
+    )  # along the axes of the ellipse
     s = jnp.square(sigma)[:, None, None, None]
     both, apart = (
       part * variance / (variance + s)

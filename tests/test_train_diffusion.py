@@ -21,6 +21,9 @@ from jax_trustdiff.types import InputError
 
 SMALL = "configs/edm_cifar.py:digits"
 OVERRIDES = {
+  "model.name": "uvit",
+  "model.size": "tiny",
+  "model.patch_size": 2,
   "model.embed_dim": 32,
   "model.depth": 2,
   "model.num_heads": 2,
@@ -196,7 +199,7 @@ def test_configurations_change_one_thing_after_another():
     "config_a",
     "ncsnpp,config_c",
     "model.name=adm",
-    "model.name=uvit",
+    "model.name=uvit,model.embed_dim=32,model.depth=2,model.num_heads=2,model.patch_size=2",
   ],
 )
 def test_every_variant_trains_and_samples(tmp_path, variant):

@@ -3,11 +3,18 @@
 from jax_trustdiff import config as config_lib
 from jax_trustdiff.evaluation import report
 from jax_trustdiff.tasks.benchmark_at_step import at_step
+from jax_trustdiff.tasks.benchmark_augment import augment
 from jax_trustdiff.tasks.benchmark_autoattack import autoattack
 from jax_trustdiff.tasks.benchmark_diffusion import edm_train, sampler
 from jax_trustdiff.training.workdir import Workdir
 
-BENCHMARKS = {"at_step": at_step, "autoattack": autoattack, "sampler": sampler, "edm_train": edm_train}
+BENCHMARKS = {
+  "at_step": at_step,
+  "augment": augment,
+  "autoattack": autoattack,
+  "sampler": sampler,
+  "edm_train": edm_train,
+}
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
