@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     training += ",eval.num_test=120,eval.attack.num_steps=5"
     evaluation += ",eval.num_test=30,eval.batch_size=30,eval.radii=(0.5,),eval.attack.num_steps=5"
-    evaluation += ",attack.num_steps=4,attack.num_queries=20"
+    evaluation += ",attack.version=rapid,attack.num_steps=4"
     pgd = "pgd5"
   rows = dict(
     standard=f"{training},objective.name=standard,objective.label_smoothing=0.0",

@@ -9,13 +9,16 @@ os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "jax_trustdiff" / "tests")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # small programs, but many of them
-# Tests compile more than they compute: little is optimised, but in tests marked `computes`. Processes that they start inherit it.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Whole runs, which tests start as processes, are quickest when XLA:CPU optimises a little; see `optimised` for the rest.
 os.environ.setdefault(
   "XLA_FLAGS",
-  "--xla_cpu_parallel_codegen_split_count=1"
-  if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) >= (0, 11)  # these know no other
-  else "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false",
+  "--xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=1"
+  + (
+    " --xla_cpu_use_fusion_emitters=false"
+    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
+    < (0, 11)  # later ones have no other
+    else ""
+  ),
 )
 
 import jax
@@ -36,10 +39,9 @@ def shared_dir(*parts: str) -> pathlib.Path:
 
 @pytest.fixture(autouse=True)
 def optimised(request):
-  """Programs of tests marked `computes` are optimised."""
+  """Programs that a test compiles itself are not optimised, unless it is marked `computes`: most tests compile more."""
   usual = jax.config.read("jax_disable_most_optimizations")
-  if request.node.get_closest_marker("computes"):
-    jax.config.update("jax_disable_most_optimizations", False)
+  jax.config.update("jax_disable_most_optimizations", not request.node.get_closest_marker("computes"))
   yield
   jax.config.update("jax_disable_most_optimizations", usual)
 

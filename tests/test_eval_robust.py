@@ -21,6 +21,8 @@ from jax_trustdiff.interop import export, graph_npz, pretrained, robustbench
 from jax_trustdiff.models.registry import bind
 from jax_trustdiff.types import InputError
 
+pytestmark = pytest.mark.computes
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("TRUSTDIFF_KILLS", "3"))
 MODEL = dict(depth=10, width=1, mean=(0.5,), std=(0.5,))
