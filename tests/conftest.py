@@ -9,7 +9,7 @@ os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "jax_trustdiff" / "tests")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # small programs, but many of them
-# Whole runs, which tests start as processes, are quickest when XLA:CPU optimises a little; see `optimised` for the rest.
+# Whole runs, which tests start as processes, are quickest when XLA:CPU optimises a little; see `pytest_runtest_protocol` for the rest.
 os.environ.setdefault(
   "XLA_FLAGS",
   "--xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=1"
@@ -37,13 +37,15 @@ def shared_dir(*parts: str) -> pathlib.Path:
   return path
 
 
-@pytest.fixture(autouse=True)
-def optimised(request):
-  """Programs that a test compiles itself are not optimised, unless it is marked `computes`: most tests compile more."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+  """Programs that a test and its fixtures compile are not optimised, unless it is marked `computes`: most compile more."""
   usual = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", not request.node.get_closest_marker("computes"))
-  yield
-  jax.config.update("jax_disable_most_optimizations", usual)
+  jax.config.update("jax_disable_most_optimizations", not item.get_closest_marker("computes"))
+  try:
+    return (yield)
+  finally:
+    jax.config.update("jax_disable_most_optimizations", usual)
 
 
 @pytest.fixture

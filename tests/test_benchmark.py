@@ -121,6 +121,7 @@ def test_a_dying_peer_is_a_failed_run(tmp_path, answer):
 
 
 @pytest.mark.slow
+@pytest.mark.computes
 def test_step_is_timed_beside_torch(tmp_path):
   found = measured(tmp_path)
   for step in ("pgd_at2", "trades2"):
@@ -291,6 +292,7 @@ def test_nothing_can_break_the_fresh_network(dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.computes
 def test_autoattack_is_timed_beside_its_peer(tmp_path):
   """The same graph and images, so the same verdicts."""
   r = np.random.RandomState(0)

@@ -248,7 +248,7 @@ jax.block_until_ready(consume(jax.numpy.zeros((32, *source.image_shape), "uint8"
 base = peak = anonymous()
 feed = pipeline.make_feed(source, pipeline.EpochSampler(len(source), 32), mesh)
 read, seen = 0, 0
-while read < 5.1e9:
+while read < 2.1e9:
   payload = feed.next(2)
   for i in range(2):
     seen = max(seen, int(consume(feed.take({}, payload)["image"][i])))
@@ -261,7 +261,7 @@ print(type(feed).__name__, source.nbytes, read, peak - base, seen)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_memory_stays_flat_while_5_of_20_gigabytes_are_read(tmp_path):
+def test_memory_stays_flat_while_2_of_20_gigabytes_are_read(tmp_path):
   count, shape = 26000, (512, 512, 3)
   images = np.lib.format.open_memmap(tmp_path / "images.npy", "w+", np.uint8, (count, *shape))
   images[::50, 0, 0, 0] = 7  # a few pages are on the disk; the rest is a hole
@@ -271,7 +271,7 @@ def test_memory_stays_flat_while_5_of_20_gigabytes_are_read(tmp_path):
   command = [sys.executable, "-c", STREAM, str(tmp_path)]
   out = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout.split()
   kind, (size, read, grown, seen) = out[0], map(int, out[1:])
-  assert kind == "StreamingFeed" and size > 20e9 and read >= 5e9
+  assert kind == "StreamingFeed" and size > 20e9 and read >= 2e9
   assert seen == 7  # the data were looked at
-  assert grown < 1e9, f"anonymous memory grew by {grown / 1e6:.0f} MB"
+  assert grown < 0.7e9, f"anonymous memory grew by {grown / 1e6:.0f} MB"
   print(f"read {read / 1e9:.1f} GB, anonymous memory grew by {grown / 1e6:.0f} MB")

@@ -24,7 +24,7 @@ from jax_trustdiff.types import InputError
 pytestmark = pytest.mark.computes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-KILLS = int(os.environ.get("TRUSTDIFF_KILLS", "3"))
+KILLS = int(os.environ.get("TRUSTDIFF_KILLS", "2"))
 MODEL = dict(depth=10, width=1, mean=(0.5,), std=(0.5,))
 
 

@@ -25,6 +25,8 @@ from jax_trustdiff.diffusion.samplers import (
 from jax_trustdiff.diffusion.sde_samplers import PredictorCorrectorSampler
 from jax_trustdiff.types import InputError
 
+pytestmark = pytest.mark.computes
+
 WORLD = GaussianMixture(
   jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)) * 0.7), jnp.array([0.05, 0.1, 0.02])
 )

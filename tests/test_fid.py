@@ -13,6 +13,8 @@ from jax_trustdiff.evaluation import fid
 from jax_trustdiff.interop.fid_statistics import FeatureStatistics, load_statistics, save_statistics
 from jax_trustdiff.types import InputError
 
+pytestmark = pytest.mark.computes
+
 
 @pytest.fixture(scope="module")
 def golden():

@@ -23,8 +23,10 @@ from jax_trustdiff.data.image_store import ImageStore, StorePlan, verify
 from jax_trustdiff.data.sources import SOURCES
 from jax_trustdiff.tasks import denoisers, generate, sampling
 
+pytestmark = pytest.mark.computes
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-KILLS = int(os.environ.get("TRUSTDIFF_KILLS", "3"))
+KILLS = int(os.environ.get("TRUSTDIFF_KILLS", "2"))
 MODEL = dict(name="ddpmpp", model_channels=8, channel_mult=(1,), num_blocks=1, attention_resolutions=())
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import shared_dir
+from conftest import LONG, shared_dir
 from reference_nets import load_graph
 
 from jax_trustdiff.attacks import norms
@@ -15,6 +15,8 @@ from jax_trustdiff.attacks.fab import FAB, UNBROKEN
 from jax_trustdiff.attacks.losses import margin_unclipped
 from jax_trustdiff.attacks.runs import rank_target
 from jax_trustdiff.attacks.square import STARTING, Draws, Square
+
+pytestmark = pytest.mark.computes
 
 NORMS = {"linf": "Linf", "l2": "L2"}
 
@@ -85,7 +87,7 @@ def test_apgd(world, norm, loss):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=LONG)])
 def test_apgd_t(world, norm):
   logits_fn, reference, x, y = world
   attack = APGD(norm, radius(reference, norm), "dlr", num_targets=9)
@@ -103,7 +105,7 @@ def test_apgd_t(world, norm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=LONG)])
 def test_fab_t(world, norm):
   logits_fn, reference, x, y = world
   attack = FAB(norm, radius(reference, norm))

@@ -80,6 +80,7 @@ def test_steps_alone_tend_to_the_known_limit(sampler, value):
     PredictorCorrectorSampler(120, "vp:t_min=0.001", "ancestral", "annealed", corrector_steps=40, snr=0.3),
   ],
 )
+@pytest.mark.computes
 def test_corrections_lead_to_the_conditional_distribution(sampler):
   """Mean R y within 4 % of y, standard deviation sqrt(V (1 - R^2)) within 10 %: the steps at small sigma are short."""
   value = 0.6

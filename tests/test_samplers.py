@@ -284,6 +284,7 @@ def test_the_levels_of_a_table():
   np.testing.assert_array_equal(AncestralSampler(20, **ends).sigmas, levels[100:120][::-1])
 
 
+@pytest.mark.computes
 def test_ancestral_sampling_of_ho_et_al(float64):
   """Algorithm 2 in that paper's terms, alpha, beta and x_t, through all 1000 times: mean and variance of one Gaussian.
 

@@ -1,6 +1,7 @@
 """The wiring of classifier training: every name can be chosen, and an initial network is used as it is."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
 from jax_trustdiff.attacks.registry import ATTACKS
+from jax_trustdiff.data import mixing
 from jax_trustdiff.data.augment import AUGMENTATIONS
 from jax_trustdiff.data.sources import SOURCES
 from jax_trustdiff.interop import export
@@ -18,6 +20,7 @@ from jax_trustdiff.robustness.objectives import OBJECTIVES
 from jax_trustdiff.tasks import classifiers, train_classifier
 from jax_trustdiff.training import state
 from jax_trustdiff.training.optimizers import OPTIMIZERS, SCHEDULES
+from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError
 
 SMOKE = "configs/at_cifar.py:smoke"
@@ -93,8 +96,8 @@ def test_images_are_resident_or_streamed_as_the_config_says(how):
 def test_generated_images_are_in_every_batch_and_nowhere_else(tmp_path, how):
   """A quarter of 64 rows is real; the epoch stays that of the 512 real images, of which 64 are for validation."""
   np.savez(tmp_path / "a.npz", image=np.full((2000, 8, 8, 1), 7, np.uint8), label=np.arange(2000) % 10)
-  mixing = {"mixing.generated": str(tmp_path / "a.npz"), "mixing.ratio": 0.25, "train.resident": how}
-  _, data, trainer = built(config_lib.load(SMOKE, mixing))
+  settings = {"mixing.generated": str(tmp_path / "a.npz"), "mixing.ratio": 0.25, "train.resident": how}
+  _, data, trainer = built(config_lib.load(SMOKE, settings))
   _, _, plain = built(config_lib.load(SMOKE))
   assert trainer.plan == plain.plan and trainer.plan.num_steps == 2 * 512 // 64
   assert not any((source.ids < 0).any() for source in (data.train, data.validation, data.test))
@@ -107,10 +110,38 @@ def test_generated_images_are_in_every_batch_and_nowhere_else(tmp_path, how):
     assert (np.asarray(batch["label"])[generated] == (-1 - np.asarray(batch["id"])[generated]) % 10).all()
     assert np.isin(np.asarray(batch["id"])[~generated], data.train.ids).all()
   trainer.feed.close()
-  fewer = classifiers.load_data(config_lib.load(SMOKE, mixing | {"mixing.num_generated": 100}))
+  fewer = classifiers.load_data(config_lib.load(SMOKE, settings | {"mixing.num_generated": 100}))
   assert len(fewer.generated) == 100
   with pytest.raises(InputError, match=r"\[0, 1\], found 2.0"):
-    built(config_lib.load(SMOKE, mixing | {"mixing.ratio": 2.0}))
+    built(config_lib.load(SMOKE, settings | {"mixing.ratio": 2.0}))
+
+
+@pytest.mark.slow
+@pytest.mark.computes
+@pytest.mark.parametrize("walk", mixing.WALKS)
+def test_a_run_with_generated_images_that_lost_its_end_ends_bit_for_bit_the_same(tmp_path, capfd, walk):
+  """In the middle of an epoch of the real images and of a walk through the generated ones."""
+  images = np.random.RandomState(0).randint(0, 256, (100, 8, 8, 1), np.uint8)
+  np.savez(tmp_path / "a.npz", image=images, label=np.arange(100) % 10)
+  settings = {"mixing.generated": str(tmp_path / "a.npz"), "mixing.ratio": 0.25, "mixing.walk": walk}
+  settings |= {"objective.name": "standard", "train.validate_every_epochs": 0, "train.checkpoint_every": 10}
+  config = config_lib.load(SMOKE, settings | {"eval.num_test": 60, "eval.attack.num_steps": 1})
+
+  def complete(folder):
+    workdir = Workdir(folder, config)
+    return workdir.complete(lambda: train_classifier.run(config, workdir))
+
+  metrics = complete(tmp_path / "run")
+  again = tmp_path / "again"
+  shutil.copytree(tmp_path / "run", again)
+  for name in ("checkpoints/16", "export", "export_last", "report"):
+    shutil.rmtree(again / name)
+  (again / "result.json").unlink()
+  capfd.readouterr()
+  assert complete(again) == metrics
+  assert "resuming at step 10 of 16" in capfd.readouterr().err
+  for name in ("export_last/model.safetensors", "metrics.jsonl"):
+    assert (again / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("name", ["trades", "standard", "ikl"])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import LONG
 
 import jax_trustdiff
 from jax_trustdiff import config as config_lib
@@ -194,9 +195,9 @@ def test_configurations_change_one_thing_after_another():
     "vp",
     "ve",
     "ddpm",
-    "ncsnpp",
-    "uncond",
-    "config_a",
+    pytest.param("ncsnpp", marks=LONG),
+    pytest.param("uncond", marks=LONG),
+    pytest.param("config_a", marks=LONG),
     "ncsnpp,config_c",
     "model.name=adm",
     "model.name=uvit,model.embed_dim=32,model.depth=2,model.num_heads=2,model.patch_size=2",
