@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
   pgd = "pgd40"
   if "smoke" in names:
     stages = dict(
-      diffusion="configs/edm_cifar.py:smoke",
+      diffusion="configs/edm_cifar.py:smoke,model.channel_mult=(1,)",
       images="configs/generate_cifar.py:smoke,init_from={diffusion}/export",
     )
     training += (

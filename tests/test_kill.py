@@ -44,12 +44,19 @@ def finish(process):
   return said
 
 
-def wait_for(process, text):
-  """Reads standard error up to a line with `text`."""
+def read_up_to(process, text):
+  """What standard error says up to a line with `text`, or to its end."""
+  lines = []
   for line in process.stderr:
+    lines.append(line)
     if text in line:
-      return
-  raise AssertionError(f"the run ended without saying {text!r}")
+      break
+  return "".join(lines)
+
+
+def wait_for(process, text):
+  said = read_up_to(process, text)
+  assert text in said, f"the run ended without saying {text!r}: {said}"
 
 
 def final_state(workdir):
@@ -98,56 +105,64 @@ def where(workdir, last_step, said):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_the_run_ends_bit_for_bit_the_same(tmp_path):
-  """Moments over the whole duration of an undisturbed run, and every fourth one after its last step.
+  """Of four moments two are while it trains, one after its last step, and one at any time of an undisturbed run.
 
   A run that comes to its end before it is killed is compared, does not count, and makes room for a fresh one.
   """
   epochs = "--config.train.num_epochs=8"
-  began, began_at = time.monotonic(), time.time()
-  finish(start(tmp_path / "undisturbed", epochs))
-  duration = time.monotonic() - began
+  began = time.time()
+  process = start(tmp_path / "undisturbed", epochs)
+  wait_for(process, "compiled")
+  compiled = time.time()
+  finish(process)
+  ended = time.time()
   expected = outcome(tmp_path / "undisturbed")
   last_step = expected[0]
-  ending = began_at + duration - (tmp_path / f"undisturbed/checkpoints/{last_step}").stat().st_mtime
+  last_save = (tmp_path / f"undisturbed/checkpoints/{last_step}").stat().st_mtime
   randomness = random.Random(7)
   killed, runs = [], 0
 
-  def end(process):
-    """Compares a run that ended by itself."""
-    said = finish(process)
-    assert "cannot be read" not in said
-    assert outcome(tmp_path / str(runs)) == expected
-
   def wait(process, count):
-    """Until the moment of death number `count`, or the end of the process."""
-    moment = duration * randomness.uniform(count % KILLS, count % KILLS + 1) / KILLS
-    if count % 4 == 3:
+    """Until the moment of death number `count`, or the end of the process; what it has said."""
+    said, moment = "", randomness.random()
+    if count % 4 == 0:
+      moment *= ended - began
+    elif count % 4 == 3:
       while process.poll() is None and not (tmp_path / f"{runs}/checkpoints/{last_step}").exists():
         time.sleep(0.01)
-      moment = ending * randomness.random()
+      moment *= ended - last_save
+    else:
+      said = read_up_to(process, "compiled")
+      moment *= (last_save - compiled) / 2  # for two of them
     try:
       process.wait(timeout=moment)
     except subprocess.TimeoutExpired:
       process.kill()
       process.wait()
+    return said + process.communicate()[1]
+
+  def compare(said):
+    """Of a run that ended by itself."""
+    assert "cannot be read" not in said
+    assert outcome(tmp_path / str(runs)) == expected
 
   for _ in range(3 * KILLS):
     if len(killed) == KILLS:
       break
     process = start(tmp_path / str(runs), epochs)
-    wait(process, len(killed))
+    said = wait(process, len(killed))
     if process.returncode == -signal.SIGKILL:
-      killed.append(where(tmp_path / str(runs), last_step, process.communicate()[1]))
+      killed.append(where(tmp_path / str(runs), last_step, said))
     else:
-      end(process)
-      # The undisturbed run was the slower one: it compiled what the others find in the cache.
-      runs, duration, ending = runs + 1, 0.7 * duration, 0.7 * ending
+      assert process.returncode == 0, said
+      compare(said)
+      runs += 1
   print(f"killed in: {killed}")
   assert len(killed) == KILLS, killed
   assert {"evaluation", "export and report"} & set(killed) and {"training", "checkpoint"} & set(killed), (
     killed
   )
-  end(start(tmp_path / str(runs), epochs))
+  compare(finish(start(tmp_path / str(runs), epochs)))
 
 
 @pytest.mark.slow
@@ -182,14 +197,9 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path):
     wait_for(process, "compiled")
     while not any(p.name.isdigit() for p in (disk / "run" / "checkpoints").glob("*")):
       time.sleep(0.1)
-    with open(disk / "ballast", "wb") as ballast:
-      try:
-        while True:
-          ballast.write(b"x" * 65536)
-          ballast.flush()
-      except OSError:
-        ballast_full = True
-    assert ballast_full
+    with open(disk / "ballast", "wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
+      while True:
+        ballast.write(b"x" * 65536)
     said = process.communicate()[1]
     assert process.returncode == 1, said
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
