@@ -49,23 +49,22 @@ def get_config(variant: str = "") -> ConfigDict:
   config.task = "sweep"
   config.seed = 0
   config.seeds = ""
-  config.sweep_seeds = "0"  # '0,1,2': three seeds of the classifiers
+  config.sweep_seeds = ""  # '0,1,2': three seeds of the classifiers
   config.title = "Standard and adversarial training, with and without generated digits"
-  config.data_path = config.generated = config.generator = config.unconditional = (
-    ""  # of sweeps that take data
-  )
   config.update(
     stages=stages, rows=rows, evaluations=dict(autoattack=evaluation), columns=columns, published={}
   )
-  config.order = dict(stages=tuple(stages), rows=tuple(rows), columns=tuple(columns))
   config.baseline = "trades"
   config.curve = "validation/pgd10_accuracy"
   config.epoch_steps = 4 if "smoke" in names else 23
   config.bars = tuple(columns)
-  config.pictures = {
+  pictures = {
     "generated digits, one of each class in turn": "{images}/report/samples.png",
     "the digits they were learned from": "{diffusion}/report/training_images.png",
     "clean, adversarial, amplified difference": "{row}/report/adversarial_images.png",
     "training and validation": "{row}/report/training_curves.png",
   }
+  config.pictures = pictures
+  ordered = dict(stages=stages, rows=rows, columns=columns, pictures=pictures)
+  config.order = {name: tuple(section) for name, section in ordered.items()}
   return config_lib.finish(config, overrides)

@@ -53,6 +53,7 @@ def test_quickstart_runs(tmp_path, monkeypatch):
   (notebook,) = [n for n in NOTEBOOKS if n.stem == "quickstart"]
   monkeypatch.chdir(tmp_path)
   found = execute(notebook)
+  assert found["metrics"] and np.isfinite(list(found["metrics"].values())).all()
   x, attacked, radius = np.asarray(found["x"]), found["attacked"], found["attack"].radius
   for name, classifier in found["classifiers"].items():
     x_adv = np.asarray(attacked[name])

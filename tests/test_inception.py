@@ -78,6 +78,7 @@ def assert_same(found, expected):
 # ------------------------------------------------------------------------------------ the reference
 
 
+@pytest.mark.computes
 def test_features_of_the_reference(golden, extractor):
   images = golden["images_uint8"]
   found = extractor(image_source([images], [np.zeros(len(images), int)], "golden"))

@@ -1,4 +1,4 @@
-"""Every recipe's smoke variant, run as users run it, and the same recipes from an installed wheel."""
+"""Every recipe's smoke variant from the command line, compiled quickly, and the same recipes from an installed wheel."""
 
 import json
 import math

@@ -10,7 +10,7 @@ import pytest
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import tasks
 from jax_trustdiff.evaluation import report
-from jax_trustdiff.tasks import sweep
+from jax_trustdiff.tasks import seeds, sweep
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, RunError
 
@@ -21,7 +21,7 @@ RECIPE = "configs/sweeps/better_diffusion.py:smoke"
 @pytest.fixture
 def runs(monkeypatch):
   """What was run, in order; the runs are replaced by ones that take no time."""
-  done, dying = [], []
+  done, dying, elsewhere = [], [], []
 
   def fake(config, workdir):
     if dying and len(done) == dying[0]:
@@ -34,7 +34,9 @@ def runs(monkeypatch):
       seed = int(folder[-1])
       best = {"none": [1, 1, 0, 0], "generated": [1, 1, seed, 0]}[pathlib.Path(folder).parent.name]
       robust = best if name == "autoattack" or "generated" in folder else [1, 0, 0, 0]
-      workdir.record("examples", {"clean": [True, True, True, False], "robust": [bool(r) for r in robust]})
+      ids = [1, 2, 3, 4] if any(part in str(workdir.path) for part in elsewhere) else [1, 2, 3, 5]
+      clean = [True, True, True, False]
+      workdir.record("examples", {"id": ids, "clean": clean, "robust": [bool(r) for r in robust]})
       return {"autoattack_accuracy": sum(robust) / 4}
     if config.task == "generate":
       return {}
@@ -46,7 +48,7 @@ def runs(monkeypatch):
     return {"pgd5_accuracy": 0.5 + 0.1 * config.seed, "best_step": 16}
 
   monkeypatch.setattr(tasks, "find", lambda name: types.SimpleNamespace(run=fake))
-  return types.SimpleNamespace(done=done, dying=dying)
+  return types.SimpleNamespace(done=done, dying=dying, elsewhere=elsewhere)
 
 
 def run(folder, **overrides):
@@ -136,13 +138,13 @@ def test_one_seed_has_no_interval(tmp_path, runs):
     (
       "rows.none",
       "configs/at_cifar.py:smoke,mixing.generated={pictures}",
-      "speaks of {pictures}; there are generated, generator",
+      "speaks of {pictures}; there are data, generated, generator",
     ),
     ("stages.images", "configs/none.py", "no recipe 'configs/none.py'"),
     ("columns.best", "attack:accuracy", "is of no run of a row; there are train, autoattack"),
     ("baseline", "nothing", "the baseline 'nothing' is no row; there are none, generated"),
     ("bars", ("worst",), "bars: 'worst' is no column; there are clean, best"),
-    ("pictures", {"a": "{rows}/a.png"}, "speaks of {rows}"),
+    ("pictures.attacked", "{rows}/a.png", "speaks of {rows}"),
     ("sweep_seeds", "one", "seeds"),
     ("order.rows", ("none",), "order.rows and rows do not have the same names: 'generated'"),
   ],
@@ -151,6 +153,32 @@ def test_mistakes_are_found_before_anything_runs(tmp_path, runs, key, value, mes
   with pytest.raises(InputError, match=message):
     run(tmp_path / "run", **{key.replace(".", "__"): value})
   assert not runs.done and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  "elsewhere, message",
+  [
+    ("-last", "'autoattack:robust' and 'last:robust' are of other images"),
+    ("/generated/", "the images of autoattack are other ones in row 'generated' than in the baseline 'none'"),
+  ],
+)
+def test_verdicts_on_other_images_are_not_compared(tmp_path, runs, elsewhere, message):
+  runs.elsewhere.append(elsewhere)
+  with pytest.raises(InputError, match=message):
+    run(tmp_path / "run")
+
+
+def test_seeds_are_those_of_the_rows(tmp_path, runs):
+  """config.seed alone without sweep_seeds, for the stages too; 'seeds' of single runs is refused."""
+  run(tmp_path / "run", sweep_seeds="", seed=4)
+  assert {name.split("/")[1] for name in runs.done if "/" in name} == {
+    f"seed-4{end}" for end in ("", "-autoattack", "-last")
+  }
+  assert json.loads((tmp_path / "run/images/config.json").read_text())["seed"] == 4
+  config = config_lib.load(RECIPE, {"seeds": "0,1"})
+  with pytest.raises(InputError, match="sweep_seeds"):
+    seeds.run(sweep.run, config, Workdir(tmp_path / "two", config))
+  assert not (tmp_path / "two").exists()
 
 
 def test_an_unknown_metric_is_named(tmp_path, runs):

@@ -31,7 +31,7 @@ GENERATED = "mixing.generated={generated}"
 EVALUATION = "configs/eval_robust.py:init_from={row}/export,data.path={data}"
 LAST = EVALUATION.replace("/export", "/export_last")
 ACCURACIES = dict(clean="autoattack:clean", pgd40="train:pgd40_accuracy", autoattack="autoattack:robust")
-OVERFITTING = dict(  # under AutoAttack
+OVERFITTING = dict(  # all but `clean` under AutoAttack
   clean="autoattack:clean",
   best="autoattack:robust",
   last="last:robust",
@@ -56,7 +56,7 @@ def get_config(variant: str = "") -> ConfigDict:
   table = dict(stages={}, evaluations=dict(autoattack=EVALUATION), columns=ACCURACIES, published={})
   table |= dict(baseline="", curve="validation/pgd40_accuracy", epoch_steps=98, bars=(), pictures={})
   table |= globals()[f"_{names[0] if names else 'overfitting'}"]()
-  ordered = ("stages", "rows", "columns")  # a ConfigDict does not keep the order of its keys
+  ordered = ("stages", "rows", "columns", "pictures")  # a ConfigDict does not keep the order of its keys
   config.update(table | {"order": {name: tuple(table[name]) for name in ordered}})
   return config_lib.finish(config, overrides)
 
@@ -81,6 +81,7 @@ def _overfitting():
     columns=OVERFITTING,
     published=published,
     baseline="none",
+    bars=("best", "last"),
   )
 
 

@@ -53,7 +53,8 @@ def crossed_interval(values: Float[np.ndarray, "seeds images"]) -> tuple[float, 
 
   with Var_seeds the variance of the means of the s seeds, and Var_images that of the means of the n images; what is
   peculiar to one image under one seed counts in both, so the interval is a little wide. With differences of two verdicts on
-  each image it is a paired comparison. One seed: the second term alone, which says nothing about training again.
+  each image it is a paired comparison. One seed: the second term alone, which says nothing about training again. The
+  normal approximation: the width is zero where all values are equal, and too small near 0 and 1 with few images.
   InputError, a ValueError, for fewer than two images.
   """
   seeds, images = values.shape

@@ -23,7 +23,7 @@ _GREY = (128,) * 3
 def augment(names: Sequence[str], image_size: int, batch_size: int, rounds: int, batches_per_round: int):
   """The benchmark: `<name>/images_per_second` of each augmentation of random RGB images, compiled, by its defaults.
 
-  names: of AUGMENTATIONS, and 'cutmix', whose images are those that come out. 'auto_augment' has the peer Pillow, on one core.
+  names: of AUGMENTATIONS, and 'cutmix', whose images are those that come out. Every batch is of the same images and a new key. 'auto_augment' has the peer Pillow, on one core.
   InputError for an unknown name.
   """
   if unknown := [name for name in names if name not in (*AUGMENTATIONS, CUTMIX)]:
@@ -31,7 +31,9 @@ def augment(names: Sequence[str], image_size: int, batch_size: int, rounds: int,
 
   def run(workdir: Workdir) -> dict[str, float]:
     images = np.random.RandomState(0).randint(0, 256, (batch_size, image_size, image_size, 3), dtype=np.uint8)
-    programs = {name: tools.timed(_step(name), jnp.asarray(images), jax.random.key(0)) for name in names}
+    programs = {
+      name: tools.timed(_step(name, jnp.asarray(images)), None, jax.random.key(0)) for name in names
+    }
     if POLICY in names:
       programs["pillow"] = _pillow_program(images)
     seconds = tools.in_turns(programs, rounds, batches_per_round)
@@ -46,17 +48,17 @@ def augment(names: Sequence[str], image_size: int, batch_size: int, rounds: int,
   return run
 
 
-def _step(name: str) -> Callable:
-  """(images, key) -> (images, key), augmented by a key made of the last one."""
+def _step(name: str, images: jax.Array) -> Callable:
+  """(what the last batch gave, key) -> (augmented images, of CutMix with their labels, the next key)."""
 
-  def step(images, key):
+  @jax.jit
+  def augmented(images, key):
     key, its_key = jax.random.split(key)
     if name == CUTMIX:
-      mixed, _ = policies.cutmix(images, jnp.eye(10)[jnp.arange(len(images)) % 10], its_key)
-      return mixed[-len(images) :], key
+      return policies.cutmix(images, jnp.eye(10)[jnp.arange(len(images)) % 10], its_key), key
     return config_lib.build(AUGMENTATIONS, {"name": name})(images, its_key), key
 
-  return jax.jit(step)
+  return lambda _, key: augmented(images, key)
 
 
 def _repeats(images: np.ndarray) -> int:

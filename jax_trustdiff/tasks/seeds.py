@@ -15,6 +15,10 @@ def run(task: Callable[..., dict[str, float]], config, workdir: Workdir) -> dict
   Then every metric is the mean over the seeds and '<metric>/interval' the half-width of its 95 % Student interval.
   Each seed is a run of its own in workdir/seed-<seed>, with its own result.json; finished ones are not run again.
   """
+  if config.seeds and "sweep_seeds" in config:
+    raise InputError(
+      "config key 'seeds' is for single runs; the seeds of a sweep's rows are config.sweep_seeds"
+    )
   seeds = config_lib.parse_seeds(config.seeds, config.seed)
   if len(seeds) == 1:
     if config.seeds:

@@ -1,7 +1,6 @@
 """A table of runs that differ in a few keys: what must be there first, the rows with several seeds each, their evaluations."""
 
 import dataclasses
-import json
 import pathlib
 import string
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,9 @@ TABLE, CURVES = "table.md", "curves.png"
 BARS = "bars.png"
 TRAINING = "train"  # the run of a row itself, beside its evaluations, in names of metrics
 VERDICTS = ("clean", "robust")  # on every image, of an evaluation of robustness
+IDS = "id"  # of those images
+# {word in a recipe: the config's key for it}
+PLACES = dict(data="data_path", generated="generated", generator="generator", unconditional="unconditional")
 
 _Found = dict[str, float | np.ndarray]  # '<run>:<metric>' -> its value, or the verdicts on the images [n]
 _Columns = dict[str, dict[str, np.ndarray]]  # row -> column -> values [seeds] or [seeds, images]
@@ -30,10 +32,12 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 
   config.stages: {name: recipe}, run once each in workdir/<name>, in order. config.rows: {row: recipe}, run for every seed in
   workdir/<row>/seed-<seed>. config.evaluations: {name: recipe}, run for every row and seed in workdir/<row>/seed-<seed>-<name>.
+  The seeds are config.sweep_seeds, or config.seed alone; stages have config.seed.
   A recipe is what --config takes, 'configs/at_cifar.py:cpu,train.num_epochs=20'. A {word} in it stands for a path: {data},
-  {generated}, {generator} and {unconditional} for the config's keys of these names, {workdir}, and {<stage>} for the folder of a
-  stage; in evaluations also {row} for the folder of the row and seed, and {name} for the name of the row.
-  config.order: {'stages', 'rows', 'columns': their names in order}. config.published: {row: text}.
+  {generated}, {generator} and {unconditional} for the config's keys `data_path`, `generated` and so on, where it has them,
+  {workdir}, and {<stage>} for the folder of a stage; in evaluations also {row} for the folder of the row and seed, and {name} for
+  the name of the row.
+  config.order: {'stages', 'rows', 'columns', 'pictures': their names in order}. config.published: {row: text}.
   config.columns: {column: 'train:<metric>' or '<evaluation>:<metric>', also as a difference 'a - b'}. 'clean' and 'robust' of an
   evaluation of robustness are the verdicts on its images, and so is a difference of two: their interval speaks of other seeds and
   other images (`statistics.crossed_interval`), that of other metrics of the seeds alone, and one seed has none.
@@ -41,7 +45,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   config.curve: the metric of metrics.jsonl that is drawn against the epoch ('': none), of which there are config.epoch_steps steps.
   config.bars: the columns drawn as bars. config.pictures: {caption: PNG of a run}, where {row} means one for every row.
 
-  Writes workdir/report: table.md, the pictures and report.html. A part that has finished is not run again.
+  Writes workdir/report: table.md, the pictures and report.html. A part that has finished is not run again. InputError where images
+  that are not the same would be compared one by one.
   """
   plan = _Plan(config, workdir)
   for name, part in plan.stages.items():
@@ -54,6 +59,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
         one = plan.complete(part, f"{row}, seed {seed}, {name}")
         of_parts |= {f"{name}:{key}": value for key, value in one.items()}
       found[row].append(of_parts)
+  if config.baseline:
+    _check_same_images(found, config.baseline)
   columns = {
     row: {
       name: np.stack([_value(formula, one) for one in of_seeds]) for name, formula in plan.columns.items()
@@ -82,13 +89,13 @@ class _Plan:
 
   def __init__(self, config, workdir: Workdir):
     self._config, self._workdir = config, workdir
-    self._places = {name: config[name] for name in ("generated", "generator", "unconditional")}
-    self._places |= {"data": config.data_path, "workdir": str(workdir.path)}
+    self._places = {word: config[key] for word, key in PLACES.items() if key in config}
+    self._places |= {"workdir": str(workdir.path)}
     stages, rows, self.columns = (_ordered(config, name) for name in ("stages", "rows", "columns"))
     self._places |= {name: str(workdir / name) for name in stages}
     self.seeds = config_lib.parse_seeds(config.sweep_seeds, config.seed)
     self.rows = list(rows)
-    self.stages = {name: self._part(name, recipe) for name, recipe in stages.items()}
+    self.stages = {name: self._part(name, _seeded(recipe, config.seed)) for name, recipe in stages.items()}
     taken = [name for name in self.rows if name in self.stages]
     if taken or not self.rows:
       raise InputError(f"{taken[0]!r} is a row and a stage" if taken else "a sweep needs rows")
@@ -96,7 +103,7 @@ class _Plan:
       raise InputError(f"the baseline {config.baseline!r} is no row; there are {', '.join(self.rows)}")
     if unknown := [name for name in config.bars if name not in self.columns]:
       raise InputError(f"bars: {unknown[0]!r} is no column; there are {', '.join(self.columns)}")
-    self._pictures = dict(config.pictures)
+    self._pictures = _ordered(config, "pictures")
     self.pictures()
     for part in (*self.stages.values(), *(p for row in self.rows for p in self.parts(row, 0).values())):
       config_lib.load(part.recipe)
@@ -109,7 +116,7 @@ class _Plan:
   def parts(self, row: str, seed: int) -> dict[str, _Part]:
     """{'train' or an evaluation: its run} of a row with a seed."""
     folder = self._folder(row, seed)
-    found = {TRAINING: self._part(folder, f"{self._config.rows[row]},seed={seed}")}
+    found = {TRAINING: self._part(folder, _seeded(self._config.rows[row], seed))}
     for name, recipe in self._config.evaluations.items():
       found[name] = self._part(f"{folder}-{name}", recipe, row=str(self._workdir / folder), name=row)
     return found
@@ -124,8 +131,8 @@ class _Plan:
       return tasks.find(config.task).run(config, folder)
 
     metrics = folder.complete(begin)
-    examples = json.loads((folder / "result.json").read_text()).get("examples", {})
-    return metrics | {name: np.asarray(examples[name], np.float64) for name in VERDICTS if name in examples}
+    examples = folder.recorded("examples") or {}
+    return metrics | {name: np.asarray(examples[name]) for name in (*VERDICTS, IDS) if name in examples}
 
   def pictures(self) -> list[tuple[pathlib.Path, str]]:
     """(file, caption) of config.pictures, of the first seed."""
@@ -153,6 +160,10 @@ class _Plan:
     return text.format(**places)
 
 
+def _seeded(recipe: str, seed: int) -> str:
+  return f"{recipe}{',' if ':' in recipe else ':'}seed={seed}"
+
+
 def _ordered(config, section: str) -> dict[str, str]:
   """A section in the order that config.order gives its keys, which a ConfigDict does not keep."""
   if wrong := set(config[section]) ^ set(config.order[section]):
@@ -167,15 +178,35 @@ def _terms(formula: str) -> list[str]:
 
 
 def _value(formula: str, found: _Found) -> np.ndarray:
-  """The value of a column for one seed: verdicts [n] where all of its terms are, else a number []."""
-  values = []
+  """The value of a column for one seed: verdicts [n] where all of its terms are, else a number [] (of verdicts their mean)."""
+  values, images = [], {}
   for term in _terms(formula):
     if term not in found:
       raise InputError(f"there is no metric {term!r}; there are {', '.join(sorted(found))}")
     values.append(np.asarray(found[term], np.float64))
-  if len({value.shape for value in values}) > 1:
-    values = [value.mean() for value in values]
+    if values[-1].ndim:
+      images[term] = found[f"{term.partition(':')[0]}:{IDS}"]
+  if 0 < len(images) < len(values):
+    return np.asarray(values[0].mean() - sum(value.mean() for value in values[1:]))
+  for term, ids in images.items():
+    if not np.array_equal(ids, next(iter(images.values()))):
+      raise InputError(
+        f"{next(iter(images))!r} and {term!r} are of other images, so their difference is of none"
+      )
   return np.asarray(values[0] - sum(values[1:]))
+
+
+def _check_same_images(found: Mapping[str, Sequence[_Found]], baseline: str) -> None:
+  """InputError unless every row and seed was evaluated on the images of the baseline."""
+  first = found[baseline][0]
+  for row, of_seeds in found.items():
+    for one in of_seeds:
+      for name in one:
+        if name.endswith(f":{IDS}") and not np.array_equal(one[name], first[name]):
+          run = name.partition(":")[0]
+          raise InputError(
+            f"the images of {run} are other ones in row {row!r} than in the baseline {baseline!r}"
+          )
 
 
 def _less(columns: _Columns, baseline: str) -> _Columns:

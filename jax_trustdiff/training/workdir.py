@@ -1,6 +1,6 @@
 """A run's folder: its config, its lock, its metrics and its result.
 
-workdir/ config.json  metrics.jsonl  result.json  checkpoints/  export/  report/
+workdir/ config.json  metrics.jsonl  result.json  checkpoints/  export/  export_last/  report/
 """
 
 import contextlib
@@ -152,6 +152,12 @@ class Workdir:
   def record(self, name: str, value: Any) -> None:
     """Puts JSON beside the metrics of result.json: what has more than one number for a name."""
     self._records[name] = value
+
+  def recorded(self, name: str) -> Any:
+    """What was put beside the metrics, in this session or in the one that finished the run; None if nothing was."""
+    file = self / "result.json"
+    before = json.loads(file.read_text()) if not self._records and file.exists() else {}
+    return (before | self._records).get(name)
 
   def write_result(self, metrics: Mapping[str, Any]) -> None:
     """result.json: `information`, the flat dict `metrics`, and what was recorded."""
