@@ -15,11 +15,9 @@ from jax_trustdiff.tasks import denoisers, evaluate_likelihood
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError
 
-SMALL = {"model.channel_mult": (1,)}
-
 
 def complete(path, **overrides):
-  config = config_lib.load("configs/evaluate_likelihood.py:smoke", SMALL | overrides)
+  config = config_lib.load("configs/evaluate_likelihood.py:smoke", overrides)
   workdir = Workdir(path, config)
   return workdir.complete(lambda: evaluate_likelihood.run(config, workdir))
 
@@ -49,7 +47,7 @@ def test_numbers_are_those_of_the_library_and_do_not_depend_on_the_batch(smoke, 
   complete(tmp_path / "run", **{"eval.num_images": 12, "eval.batch_size": 4})
   first, other = (np.load(p / "likelihoods.npz")["log_prob"][0] for p in (path, tmp_path / "run"))
   np.testing.assert_allclose(other, first, atol=5e-2)  # a step of other rounding, at a tolerance of 1e-2
-  config = config_lib.load("configs/evaluate_likelihood.py:smoke", SMALL)
+  config = config_lib.load("configs/evaluate_likelihood.py:smoke")
   denoise, _ = denoisers.load_or_make(config)
   solver = config_lib.build(SAMPLERS, config.solver)
   likelihood = config_lib.build(LIKELIHOODS, config.likelihood, solver=solver)
