@@ -55,6 +55,7 @@ def read_up_to(process, text):
 
 
 def wait_for(process, text):
+  """As `read_up_to`, where the line has to come."""
   said = read_up_to(process, text)
   assert text in said, f"the run ended without saying {text!r}: {said}"
 
