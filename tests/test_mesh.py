@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from workers import answer, start
 
-CASES = [("standard", "float32", 20), ("trades", "float64", 5)]
-OF_TWO = [("trades", "float64", 5)]  # of two processes
+CASES = [("standard", "float32", 20), ("trades", "float32", 1), ("trades", "float64", 5)]
+OF_TWO = [CASES[0], CASES[2]]  # of two processes
 if os.environ.get("TRUSTDIFF_LONG"):
-  CASES = [CASES[0], ("trades", "float32", 1), CASES[1], ("ikl", "float64", 6)]
+  CASES.append(("ikl", "float64", 6))
   OF_TWO = CASES
 
 
