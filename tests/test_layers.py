@@ -27,6 +27,11 @@ CASES = [  # image size, kernel, stride, padding
   ((7, 8), 1, 2, "SAME"),
   ((8, 7), 1, 2, "VALID"),
   ((8, 8), 4, 2, "SAME"),
+  ((4, 4), 3, 1, "SAME"),  # here and below one matrix product
+  ((4, 4), 3, 2, "SAME"),
+  ((3, 5), 3, 2, ((2, 0), (0, 3))),
+  ((4, 3), 3, 1, "VALID"),
+  ((1, 1), 3, 1, "SAME"),
 ]
 
 
