@@ -15,7 +15,8 @@ uniform table). Adversarial weight perturbation goes with any of them: --config.
 Other augmentations: --config.augment.name=cutout, auto_augment, rand_augment or idbh; CutMix is train.cutmix=4 with
 train.batch_size=128, whose steps see 512 images.
 Generated data: --config.mixing.generated=<image store> (README). Soft labels of label_generated.py are meant for
-objective.mixed_target=False: with True, which is for CutMix, the attack moves images away from their labels.
+objective.mixed_target=False: with True, which is for CutMix, the attack moves images away from their labels. Beside soft labels
+nothing is smoothed: objective.label_smoothing is of classes, and real images are then certain of theirs.
 
 Variants: l2 (128/255), cifar100, svhn, tinyimagenet, wrn70_16, preact18; cpu (a WRN-10-1 with PGD-2 for two epochs,
 about ten minutes on two cores: 52 % clean, 28 % under PGD-40 of 1000 test images); digits (a WRN-10-1 on the bundled

@@ -14,7 +14,7 @@ beside a lax.scan written by hand for it (sampler_beside_scan/ratio is to be at 
 sampler_gpu: the same with the DDPM++ of the paper (55.7 million), bfloat16, batch 256: for an accelerator.
 edm_train: a training step of that U-Net, with augmentation and without: EDM loss, Adam, parameter average. Minutes.
 edm_train_gpu: the same with the DDPM++ of the paper, bfloat16, batch 256: for an accelerator.
-augment: the augmentations (benchmark.augmentations) on batches of 512 images of 32x32, and AutoAugment beside Pillow. Half a
+augment: the augmentations (benchmark.names) on batches of 512 images of 32x32, and AutoAugment beside Pillow. Half a
 minute; any device.
 autoattack: standard AutoAttack (benchmark.graph: a classifier as an .npz graph; benchmark.data_path: CIFAR-10 as .npz files) on
 512 images, Linf 2/255, beside the package pyautoattack if the peer has it. Minutes.

@@ -51,12 +51,8 @@ def get_config(variant: str = "") -> ConfigDict:
   config.seeds = ""
   config.sweep_seeds = ""  # '0,1,2': three seeds of the classifiers
   config.title = "Standard and adversarial training, with and without generated digits"
-  config.update(
-    stages=stages, rows=rows, evaluations=dict(autoattack=evaluation), columns=columns, published={}
-  )
   config.baseline = "trades"
   config.curve = "validation/pgd10_accuracy"
-  config.epoch_steps = 4 if "smoke" in names else 23
   config.bars = tuple(columns)
   pictures = {
     "generated digits, one of each class in turn": "{images}/report/samples.png",
@@ -64,7 +60,6 @@ def get_config(variant: str = "") -> ConfigDict:
     "clean, adversarial, amplified difference": "{row}/report/adversarial_images.png",
     "training and validation": "{row}/report/training_curves.png",
   }
-  config.pictures = pictures
-  ordered = dict(stages=stages, rows=rows, columns=columns, pictures=pictures)
-  config.order = {name: tuple(section) for name, section in ordered.items()}
+  config.update(config_lib.in_order(stages=stages, rows=rows, columns=columns, pictures=pictures))
+  config.update(evaluations=dict(autoattack=evaluation), published={})
   return config_lib.finish(config, overrides)

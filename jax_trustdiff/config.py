@@ -106,6 +106,20 @@ def parse_variant(variant: str, names: tuple[str, ...]) -> tuple[list[str], dict
   return chosen, overrides
 
 
+def split_recipe(recipe: str) -> tuple[str, dict[str, Any]]:
+  """('configs/at_cifar.py:cpu', {'seed': 3}) of 'configs/at_cifar.py:cpu,seed=3': what `load` takes apart."""
+  path, _, variant = recipe.partition(":")
+  parts = [part for part in map(str.strip, _split_outside_brackets(variant)) if part]
+  names = [part for part in parts if "=" not in part]
+  _, overrides = parse_variant(",".join(part for part in parts if "=" in part), ())
+  return (f"{path}:{','.join(names)}" if names else path), overrides
+
+
+def in_order(**sections: Mapping[str, Any]) -> dict[str, Any]:
+  """The sections and `order`: {name of a section: its keys in order}, which a ConfigDict does not keep."""
+  return {**sections, "order": {name: tuple(section) for name, section in sections.items()}}
+
+
 def finish(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
   """`config` with the overrides of its variant applied, locked: the last line of every get_config."""
   config.lock()
@@ -245,16 +259,16 @@ def difference(old: Any, new: Any) -> list[str]:
   ]
 
 
-def parse_seeds(seeds: str, default: int) -> tuple[int, ...]:
-  """'0,1,2' -> (0, 1, 2); '' -> (default,)."""
+def parse_seeds(seeds: str, default: int, key: str = "seeds") -> tuple[int, ...]:
+  """'0,1,2' -> (0, 1, 2); '' -> (default,). key: that of the config, for error messages."""
   if not seeds:
     return (default,)
   try:
     parsed = tuple(int(s) for s in seeds.strip("()").split(",") if s.strip())
   except ValueError:
-    raise InputError(f"config key 'seeds' takes integers separated by commas, found {seeds!r}") from None
+    raise InputError(f"config key {key!r} takes integers separated by commas, found {seeds!r}") from None
   if len(set(parsed)) != len(parsed):
-    raise InputError(f"config key 'seeds' names a seed twice: {seeds!r}")
+    raise InputError(f"config key {key!r} names a seed twice: {seeds!r}")
   return parsed
 
 

@@ -1,14 +1,17 @@
 """Labels of generated images by a classifier, the choice of the surest, and training on them."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_trustdiff import config as config_lib
-from jax_trustdiff.data import mixing, pseudo_labels
+from jax_trustdiff.data import mixing, pseudo_labels, sources
+from jax_trustdiff.data.image_store import ImageStore, StorePlan
 from jax_trustdiff.data.pseudo_labels import PseudoLabels, surest
 from jax_trustdiff.data.records import image_source
-from jax_trustdiff.tasks import classifiers, label_generated
+from jax_trustdiff.tasks import classifiers, generate, label_generated
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, RunError
 
@@ -24,7 +27,10 @@ def labels(position=(1, 4, 7), label=(2, 0, 1), soft=True, num_images=10, num_cl
   label = np.array(label, np.int32)
   confidence = np.full(len(label), 0.5, np.float32)
   probabilities = (0.25 * np.eye(num_classes)[label] + 0.25).astype(np.float16) if soft else None
-  return PseudoLabels(np.array(position), label, confidence, probabilities, num_images, num_classes)
+  of_images = pseudo_labels.fingerprint(source(num_images, num_classes))
+  return PseudoLabels(
+    np.array(position), label, confidence, probabilities, num_images, num_classes, of_images
+  )
 
 
 # ---- the choice ----
@@ -196,7 +202,8 @@ def test_wrong_settings_write_nothing(tmp_path, name, value, message):
 
 
 def test_training_takes_the_labels(tmp_path):
-  np.savez(tmp_path / "a.npz", image=np.zeros((40, 8, 8, 1), np.uint8), label=np.arange(40) % 10)
+  images = source(40, 10)
+  np.savez(tmp_path / "a.npz", image=images.images[:], label=images.labels)
   found = labels(position=np.arange(30), label=np.arange(30) % 10, num_images=40, num_classes=10)
   found.save(tmp_path / "labels.npz")
   settings = {"mixing.generated": str(tmp_path / "a.npz"), "mixing.labels": str(tmp_path / "labels.npz")}
@@ -210,3 +217,68 @@ def test_training_takes_the_labels(tmp_path):
     load(**{"mixing.generated": ""})
   with pytest.raises(InputError, match="needs mixing.labels"):
     load(**{"mixing.labels": "", "mixing.soft_labels": True})
+
+
+# ---- images without labels ----
+
+
+@pytest.mark.slow
+def test_images_of_a_model_without_classes_get_the_labels_that_a_classifier_sees(tmp_path):
+  """Generated without labels, labelled, trained on; and refused where they are not labelled yet."""
+  store = str(tmp_path / "generate/images")
+  config = config_lib.load("configs/generate_cifar.py:smoke,untrained.num_classes=0,generate.labels=none")
+  workdir = Workdir(tmp_path / "generate", config)
+  generate.run(config, workdir)
+  workdir.close()
+  found = sources.parts(store)
+  assert (found.labelled, found.num_classes, found.class_names) == (False, 1, ("unlabelled",))
+  assert not mixing.generated_source(store, source(num_classes=10)).labelled
+  settings = dict(generated__name="parts", eval__num_images=0)
+  with pytest.raises(InputError, match="the images have no labels: label.whose=predicted"):
+    run(tmp_path / "given", **settings, generated__path=store)
+  settings |= dict(generated__path=store, label__whose="predicted")
+  with pytest.raises(InputError, match="does not say of how many classes"):
+    run(tmp_path / "unknown", **settings)
+  metrics, workdir = run(tmp_path / "run", **settings, generated__num_classes=10)
+  assert metrics["num_images"] == 96 and not any(name.startswith("agreement") for name in metrics)
+  chosen = pseudo_labels.load(workdir / "labels.npz")
+  assert chosen.num_classes == 10 and len(set(chosen.label)) > 1
+  training = {"mixing.generated": store}
+  with pytest.raises(InputError, match="have no labels: label them with label_generated.py"):
+    classifiers.load_data(config_lib.load("configs/at_cifar.py:smoke", training))
+  training["mixing.labels"] = str(workdir / "labels.npz")
+  data = classifiers.load_data(config_lib.load("configs/at_cifar.py:smoke", training))
+  assert data.generated.labelled and data.generated.num_classes == 10
+  np.testing.assert_array_equal(data.generated.labels, chosen.label)
+  np.testing.assert_array_equal(data.generated.images[:], found.images[:][chosen.position])
+
+
+def test_labels_of_other_images_or_another_order_are_refused(tmp_path):
+  """Even of as many images in as many classes; labels of the first images are labels of those."""
+  images = np.random.RandomState(0).randint(0, 256, (200, 8, 8, 1), np.uint8)
+  label = np.arange(200) % 3
+  first = image_source([images], [label], "generated", 3)
+  found = dataclasses.replace(labels(num_images=200), fingerprint=pseudo_labels.fingerprint(first))
+  found.apply(first)
+  for other in (image_source([images[::-1]], [label], "", 3), image_source([images], [label[::-1]], "", 3)):
+    with pytest.raises(InputError, match="200 other images, or of these in another order"):
+      found.apply(other)
+  of_part = first.select(np.arange(100))
+  found = dataclasses.replace(labels(num_images=100), fingerprint=pseudo_labels.fingerprint(of_part))
+  np.testing.assert_array_equal(found.apply(first).ids, [1, 4, 7])
+
+
+def test_classes_of_other_names_are_refused(tmp_path):
+  """A class that has another name in the store than among the real images; numbers are no names."""
+  real = dataclasses.replace(source(), class_names=("cat", "dog", "fox"))
+  plan = StorePlan(6, 3, (8, 8, 1), 3, ("dog", "cat", "fox"), {"from": "test"})
+  store = ImageStore(tmp_path / "store", plan)
+  for shard in range(2):
+    store.write(shard, np.zeros((3, 8, 8, 1), np.uint8), np.arange(3), np.arange(3) + 3 * shard)
+  store.finish()
+  with pytest.raises(InputError, match="class 0 is 'dog'; in the real images it is 'cat'"):
+    mixing.generated_source(str(tmp_path / "store"), real)
+  assert mixing.generated_source(str(tmp_path / "store"), source()).class_names == ("0", "1", "2")
+  np.savez(tmp_path / "a.npz", image=np.zeros((6, 8, 8, 1), np.uint8), label=np.arange(6) % 3)
+  both = sources.parts(f"{tmp_path / 'a.npz'},{tmp_path / 'store'}", 3)
+  assert both.class_names == ("dog", "cat", "fox") and len(both) == 12

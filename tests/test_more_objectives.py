@@ -122,6 +122,8 @@ def test_attacks_of_soft_labels_by_hand(norm, radius, step_size):
     (PGDAT(**settings), SOFT64, np.array(VARIABLES["batch_stats"]["mean"], np.float64)),
     (Consistency(**settings), SOFT64, None),
     (IKL(**settings), SOFT64, None),
+    (Consistency(**settings, mixed_target=False), P, None),
+    (IKL(**settings, mixed_target=False), P, None),
   ):
     x_adv = objective.attack(NET, VARIABLES, X, SOFT, jax.random.key(0), start)
     expected = ascend_by_hand(

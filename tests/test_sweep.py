@@ -15,6 +15,10 @@ from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, RunError
 
 TABLES = ("overfitting", "epochs", "sampling_steps", "augmentations", "datasets")
+SWEEPS = (
+  "configs/quickstart.py",
+  *(f"configs/sweeps/better_diffusion.py:{name}" for name in ("cpu", "gpu", "smoke")),
+)
 RECIPE = "configs/sweeps/better_diffusion.py:smoke"
 
 
@@ -45,7 +49,7 @@ def runs(monkeypatch):
     assert generated in ("", str(workdir._parent.path / "images/images"))
     for step, value in ((8, 0.5), (16, 0.3)):
       workdir.append_metrics(step, {"validation/pgd2_accuracy": value + 0.1 * config.seed})
-    return {"pgd5_accuracy": 0.5 + 0.1 * config.seed, "best_step": 16}
+    return {"pgd5_accuracy": 0.5 + 0.1 * config.seed, "best_step": 16, "steps_per_epoch": 8}
 
   monkeypatch.setattr(tasks, "find", lambda name: types.SimpleNamespace(run=fake))
   return types.SimpleNamespace(done=done, dying=dying, elsewhere=elsewhere)
@@ -99,12 +103,12 @@ def test_the_table_the_pictures_and_every_seed(tmp_path, runs):
   assert page.count("<figure") == 4 and "none: attacked" in page and "generated: attacked" in page
   result = json.loads((tmp_path / "run/result.json").read_text())
   np.testing.assert_allclose(result["seeds"]["generated"]["best"], [0.5, 0.75])
-  config = config_lib.load(RECIPE, {"sweep_seeds": "0,1"})
-  curves = sweep._curves(
-    config, sweep._Plan(config, Workdir(tmp_path / "run", config)), Workdir(tmp_path / "run", config)
-  )
-  assert curves["none"][0] == [1.0, 2.0]
-  np.testing.assert_allclose(curves["none"][1], [0.55, 0.35])
+  plan = sweep._Plan(config_lib.load(RECIPE), Workdir(tmp_path / "run", config_lib.load(RECIPE)))
+  of_seeds = [plan.curve("none", seed, {"train:steps_per_epoch": 8}) for seed in (0, 1)]
+  assert [unit for _, unit in of_seeds] == ["epoch", "epoch"] and plan.curve("none", 0, {})[1] == "step"
+  epochs, means = sweep._means([values for values, _ in of_seeds])
+  assert epochs == [1.0, 2.0]
+  np.testing.assert_allclose(means, [0.55, 0.35])
 
 
 def test_what_is_no_accuracy_is_not_in_percent(tmp_path, runs):
@@ -186,12 +190,69 @@ def test_an_unknown_metric_is_named(tmp_path, runs):
     InputError, match="no metric 'train:accuracy'; there are autoattack:autoattack_accuracy, autoattack:clean"
   ):
     run(tmp_path / "run", columns__best="train:accuracy")
+  assert len(runs.done) == 4  # the stage and the first row
+
+
+def test_a_curve_that_is_not_there_is_named(tmp_path, runs):
+  with pytest.raises(
+    InputError, match="no 'validation/pgd9_accuracy' in its metrics.jsonl; there are validation/pgd2_"
+  ):
+    run(tmp_path / "run", curve="validation/pgd9_accuracy")
+  assert len(runs.done) == 4
+
+
+def test_an_evaluation_of_what_seeds_do_not_change_is_run_once(tmp_path, runs):
+  """It speaks of no {row}: one run for each row, and no interval."""
+  fid = "configs/at_cifar.py:smoke,seed=2"
+  metrics = run(
+    tmp_path / "run", evaluations__last=fid, columns__last="last:pgd5_accuracy", columns__gap="last:best_step"
+  )
+  assert sorted(name for name in runs.done if name.endswith("last")) == ["generated/last", "none/last"]
+  assert metrics["none/last"] == pytest.approx(0.7)
+  assert "none/last/interval" not in metrics and "none/best/interval" in metrics
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_table_can_be_planned(tmp_path, table):
-  """Every recipe in it can be loaded, and every row has what was published of it."""
+  """Every recipe in it can be loaded, and at least half of the rows have what was published of them."""
   config = config_lib.load(f"configs/sweeps/better_diffusion.py:{table}")
   plan = sweep._Plan(config, Workdir(tmp_path / "run", config))
   assert set(config.published) <= set(plan.rows) and len(plan.rows) >= 3
   assert len(config.published) >= len(plan.rows) / 2
+
+
+@pytest.mark.parametrize("recipe", SWEEPS)
+def test_every_sweep_in_small_can_be_planned(tmp_path, recipe):
+  """Every recipe in it can be loaded; what its stages make is what its rows read, and each differs from the baseline."""
+  config = config_lib.load(recipe)
+  plan = sweep._Plan(config, Workdir(tmp_path / "run", config))
+  made = {str(tmp_path / "run" / name / "images") for name in plan.stages}
+  trained = {row: plan.parts(row, 0)[sweep.TRAINING].load() for row in plan.rows}
+  read = {row: config.mixing.generated for row, config in trained.items() if config.mixing.generated}
+  assert read and set(read.values()) <= made and config.baseline in trained.keys() - read.keys()
+  for row in trained.keys() - {config.baseline}:
+    assert config_lib.difference(trained[config.baseline], trained[row]), row
+
+
+def test_the_images_of_a_model_without_classes_are_asked_for_without_labels(tmp_path):
+  config = config_lib.load("configs/sweeps/better_diffusion.py:sampling_steps")
+  plan = sweep._Plan(config, Workdir(tmp_path / "run", config))
+  labels = {
+    name: part.load().generate.labels for name, part in plan.stages.items() if name.startswith("images")
+  }
+  assert len(labels) == 16
+  assert all(asked == ("none" if "unconditional" in name else "balanced") for name, asked in labels.items())
+
+
+def test_a_path_is_a_path_whatever_is_in_it(runs, tmp_path):
+  """Commas, which separate places, and a number."""
+  config = config_lib.load(
+    RECIPE, {"rows.generated": "configs/at_cifar.py:smoke,mixing.generated={generated}"}
+  )
+  config.generated = "a.npz,2048,b.npz"
+  plan = sweep._Plan(config, Workdir(tmp_path / "with,comma", config))
+  assert plan.parts("generated", 0)[sweep.TRAINING].load().mixing.generated == "a.npz,2048,b.npz"
+  assert plan.parts("generated", 0)["last"].load().init_from == str(
+    tmp_path / "with,comma/generated/seed-0/export_last"
+  )
+  assert not runs.done

@@ -66,6 +66,29 @@ def test_every_name_can_be_chosen(section, name):
   assert metrics["loss"].shape == ()
 
 
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_the_best_checkpoint_is_the_most_robust_but_of_standard_training(tmp_path, monkeypatch, name):
+  """Standard training withstands PGD least at its end: its most robust checkpoint would be one of the first."""
+
+  class Asked(Exception):
+    pass
+
+  def ask(*args, score, **kwargs):
+    raise Asked(score)
+
+  monkeypatch.setattr(train_classifier.loop, "fit", ask)
+  config = config_lib.load(SMOKE, {"objective.name": name, "train.num_train": 256})
+  with pytest.raises(Asked, match="clean_accuracy" if name == "standard" else "pgd2_accuracy"):
+    train_classifier.run(config, Workdir(tmp_path / "run", config))
+
+
+def test_an_augmentation_that_does_not_fit_the_images_writes_nothing(tmp_path):
+  config = config_lib.load(SMOKE, {"augment.name": "cutout"})
+  with pytest.raises(InputError, match="18"):
+    train_classifier.run(config, Workdir(tmp_path / "run", config))
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", sorted(SOURCES))
 def test_every_source_can_be_chosen(tmp_path, name):
   overrides = {"data.name": name}
@@ -92,15 +115,35 @@ def test_images_are_resident_or_streamed_as_the_config_says(how):
   trainer.feed.close()
 
 
+@pytest.mark.parametrize(
+  "num_images, batch_size, expected",
+  [(50_000, 512, 98), (50_000, 1024, 49), (50_000, 2048, 25), (73_257, 2048, 36), (100_000, 512, 196)],
+)
+def test_an_epoch_is_counted_as_the_original_counts(num_images, batch_size, expected):
+  assert train_classifier.steps_per_epoch(num_images, batch_size) == expected
+
+
+def test_an_epoch_ends_with_a_batch_that_is_not_full():
+  """All 1437 digits, of which 64 are for validation, in batches of 64: 23 steps, not 22."""
+  _, data, trainer = built(config_lib.load(SMOKE, {"train.num_train": 0}))
+  assert (data.epoch_images, len(data.train), trainer.steps_per_epoch) == (1437, 1373, 23)
+  assert trainer.plan.num_steps == 2 * 23 and trainer.plan.validates_at(23)
+  trainer.feed.close()
+
+
 @pytest.mark.parametrize("how", ["yes", "no"])
 def test_generated_images_are_in_every_batch_and_nowhere_else(tmp_path, how):
   """A quarter of 64 rows is real; the epoch stays that of the 512 real images, of which 64 are for validation."""
   np.savez(tmp_path / "a.npz", image=np.full((2000, 8, 8, 1), 7, np.uint8), label=np.arange(2000) % 10)
   settings = {"mixing.generated": str(tmp_path / "a.npz"), "mixing.ratio": 0.25, "train.resident": how}
   _, data, trainer = built(config_lib.load(SMOKE, settings))
-  _, _, plain = built(config_lib.load(SMOKE))
+  _, plain_data, plain = built(config_lib.load(SMOKE))
   assert trainer.plan == plain.plan and trainer.plan.num_steps == 2 * 512 // 64
-  assert not any((source.ids < 0).any() for source in (data.train, data.validation, data.test))
+  for name in ("train", "validation", "test"):
+    ours, theirs = getattr(data, name), getattr(plain_data, name)
+    np.testing.assert_array_equal(ours.ids, theirs.ids)
+    np.testing.assert_array_equal(ours.images[:], theirs.images[:])
+    assert not (ours.images[:] == 7).all(axis=(1, 2, 3)).any()
   assert (len(data.train), len(data.validation), len(data.generated)) == (448, 64, 2000)
   trainer.feed.start(0)
   for _ in range(3):

@@ -644,12 +644,14 @@ def test_waiting_for_data_is_told(monkeypatch):
   monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
   monkeypatch.setattr(loop, "say", said.append)
   idle = loop._Idle()
-  idle.report()
-  assert not said  # nothing was trained
+  assert idle.report() is None and not said  # nothing was trained
   for ready, seconds in ((None, 60.0), (True, 2.0), (False, 4.0), (True, 1.0)):
     metrics = None if ready is None else {"loss": types.SimpleNamespace(is_ready=lambda ready=ready: ready)}
     with idle.waiting(metrics):
       clock[0] += seconds
     clock[0] += 10.0  # of the dispatch
-  idle.report()
-  assert said == ["the devices waited for data in 8.11% of the time, at most"]  # 3 of 37 seconds
+    idle.pause()
+    clock[0] += 100.0  # of validation
+    idle.resume()
+  assert idle.report() == pytest.approx(3 / 37)  # seconds
+  assert said == ["the devices waited for data in 8.11% of the time of training steps, at most"]

@@ -11,7 +11,7 @@ from jaxtyping import Int64
 
 from jax_trustdiff.data.pipeline import EpochSampler
 from jax_trustdiff.data.readers import Rows
-from jax_trustdiff.data.records import ImageSource
+from jax_trustdiff.data.records import ImageSource, agreed_names, given_names
 from jax_trustdiff.data.sources import parts
 from jax_trustdiff.types import InputError
 
@@ -20,12 +20,16 @@ GENERATED_KEY = 2**31 - 5  # of the generated part's draws, beside the seed: no 
 
 
 def generated_source(path: str, real: ImageSource) -> ImageSource:
-  """The generated images that `sources.parts` reads at `path`, with the classes of `real`; InputError if they do not fit to it."""
+  """The generated images that `sources.parts` reads at `path`, with the classes of `real`; InputError if they do not fit to it.
+
+  Images without labels are of those classes too, and `labelled` stays False.
+  """
   found = parts(path, real.num_classes)
   if found.image_shape != real.image_shape:
     raise InputError(
       f"the images of {path} are {list(found.image_shape)} and the real ones {list(real.image_shape)}"
     )
+  agreed_names(given_names(found), given_names(real), path, "the real images")
   return dataclasses.replace(found, class_names=real.class_names)
 
 

@@ -9,6 +9,7 @@ from jax_trustdiff.data.readers import Rows, detached
 from jax_trustdiff.types import InputError
 
 SPLITS = ("train", "test")
+UNLABELLED = "unlabelled"  # the one class name of images without labels
 SURE = 20  # expected images of a class: a fair draw then holds none of it with probability 2e-9
 
 Positions = Sequence[int] | np.ndarray
@@ -22,6 +23,7 @@ class ImageSource:
   labels: int32 [n] in [0, num_classes)
   ids: int64 [n]; an image's position in its whole data set, the same after any selection
   soft_labels: float [n num_classes], rows that sum to 1, an array or `Rows`, where labels are not certain; usually None
+  labelled: False for images of no known class, whose labels are all 0 and mean nothing
   """
 
   images: np.ndarray | Rows
@@ -30,6 +32,7 @@ class ImageSource:
   class_names: tuple[str, ...]
   num_classes: int
   soft_labels: np.ndarray | Rows | None = None
+  labelled: bool = True
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -132,6 +135,17 @@ def agreed_names(
     if name != expected:
       raise InputError(f"{where}: class {i} is {name!r}; in {whose} it is {expected!r}")
   return tuple(found)
+
+
+def given_names(source: ImageSource) -> tuple[str, ...]:
+  """The class names of a source, () where they are only the numbers of the classes."""
+  return () if source.class_names == tuple(map(str, range(source.num_classes))) else source.class_names
+
+
+def of_classes(source: ImageSource, num_classes: int) -> ImageSource:
+  """Images without labels as images of so many classes, which they are yet to be given."""
+  names = tuple(map(str, range(num_classes)))
+  return dataclasses.replace(source, class_names=names, num_classes=num_classes)
 
 
 def check_alike(train: ImageSource, test: ImageSource) -> None:

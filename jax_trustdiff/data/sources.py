@@ -19,7 +19,14 @@ from jax_trustdiff.data import readers
 from jax_trustdiff.data.cifar_archives import cifar_binary, cifar_python
 from jax_trustdiff.data.image_store import MANIFEST, PLAN, image_store
 from jax_trustdiff.data.readers import Decoded, Rows, existing, natural, split_folder
-from jax_trustdiff.data.records import SPLITS, ImageSource, agreed_names, check_split, image_source
+from jax_trustdiff.data.records import (
+  SPLITS,
+  ImageSource,
+  agreed_names,
+  check_split,
+  given_names,
+  image_source,
+)
 from jax_trustdiff.data.tfds import tfds
 from jax_trustdiff.types import InputError
 
@@ -193,21 +200,23 @@ def parts(
 
   path: places separated by commas, in order; a pattern with * or ? stands for all that it matches, in natural order. An .npz file
   has image and label. All is the split 'train'. Ids count the images of all places from 0. InputError for a place that is none of
-  these, and for images or classes that differ.
+  these, for images or classes that differ, and for stores without labels beside images with labels.
   """
   if split != "train":
     raise InputError(f"the parts of {path} are the split 'train'; there is no split {split!r}")
-  found = []
+  found, names = [], tuple(class_names)
   for place in _places(path):
     read = image_store if (place / PLAN).is_file() or (place / MANIFEST).is_file() else npz
     found.append(read(str(place), num_classes, class_names=class_names))
-    for what in ("image_shape", "num_classes"):
+    for what in ("image_shape", "num_classes", "labelled"):
       of_first, of_this = getattr(found[0], what), getattr(found[-1], what)
       if of_this != of_first:
         raise InputError(f"the {what} of {place} is {of_this} and that of the first part {of_first}")
+    names = agreed_names(given_names(found[-1]), names, str(place), "the parts before it")
   labels = np.concatenate([part.labels for part in found])
   images = Rows([part.images for part in found])
-  return dataclasses.replace(found[0], images=images, labels=labels, ids=np.arange(len(labels)))
+  whole = dataclasses.replace(found[0], images=images, labels=labels, ids=np.arange(len(labels)))
+  return dataclasses.replace(whole, class_names=names) if names else whole
 
 
 SOURCES: dict[str, Callable[..., ImageSource]] = {

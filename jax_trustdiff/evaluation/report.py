@@ -191,9 +191,13 @@ def _line_styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
     subject_of[name] = "adversarial" if re.fullmatch(r"(pgd|apgd|fgsm)\d*|robust", subject) else subject
   styles = {}
   for i, subject in enumerate(dict.fromkeys(subject_of.values())):
-    dashes = _LINES[i // len(_PALETTE) % len(_LINES)]
-    styles[subject] = {"color": _PALETTE[i % len(_PALETTE)], "linestyle": dashes}
+    styles[subject] = _nth_style(i)
   return {name: styles[subject] for name, subject in subject_of.items()}
+
+
+def _nth_style(i: int) -> dict[str, str]:
+  """Colour and dashes of the i-th line of a plot, unlike those of the others for as long as possible."""
+  return {"color": _PALETTE[i % len(_PALETTE)], "linestyle": _LINES[i // len(_PALETTE) % len(_LINES)]}
 
 
 def _is_smoothed(name: str, steps: np.ndarray) -> bool:
@@ -384,7 +388,7 @@ def accuracy_curves(
   with _figure(path, (5.2, 3.4)) as figure:
     axis = figure.subplots()
     for i, (name, (x, accuracy)) in enumerate(curves.items()):
-      axis.plot(x, accuracy, "o-", label=name, color=_PALETTE[i % len(_PALETTE)], ms=4.5)
+      axis.plot(x, accuracy, "o", label=name, ms=4.5, **_nth_style(i))
     if chance is not None:
       axis.axhline(chance, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), label="chance")
     if log:

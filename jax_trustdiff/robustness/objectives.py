@@ -403,7 +403,7 @@ class IKL:
   s: the mean of softmax(z / temperature) over all images of the class y in the epoch before; uniform in the first epoch.
   With soft labels, which the paper does not use, the mean of the rows s of all classes with weights y, and images count
   for every class by that weight. A class without images keeps its row.
-  Attack, norm, radius, step_size and num_steps as in `TRADES`.
+  Attack, norm, radius, step_size, num_steps and mixed_target as in `TRADES`.
   The state: {'table': float [k k], the rows s by class, 'sums': float [k k] and 'counts': float [k], the epoch until
   now, 'epoch': int []}. `loss` reads the table of variables['objective'].
   The weights and the temperature are those of the released runs with generated images of CIFAR-10
@@ -418,6 +418,7 @@ class IKL:
   radius: norms.Scalar = 8 / 255
   step_size: norms.Scalar | None = None
   num_steps: int = 10
+  mixed_target: bool = True
 
   num_views = 1
 
@@ -486,6 +487,7 @@ class IKL:
       radius=self.radius,
       step_size=self.step_size,
       num_steps=self.num_steps,
+      mixed_target=self.mixed_target,
     )
 
 

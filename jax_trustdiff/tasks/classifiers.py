@@ -67,6 +67,11 @@ def _load_generated(section, real: sources.ImageSource) -> sources.ImageSource |
     found = pseudo_labels.load(section.labels).apply(found, section.soft_labels)
   elif section.soft_labels:
     raise InputError("mixing.soft_labels needs mixing.labels, a file of labels with probabilities")
+  if not found.labelled:
+    raise InputError(
+      f"the images of {section.generated} have no labels: label them with label_generated.py and label.whose=predicted, and give"
+      " mixing.labels=<its workdir>/labels.npz"
+    )
   return records.limit(found, section.num_generated) if section.num_generated else found
 
 
@@ -87,7 +92,7 @@ def load_classifier(config, source: sources.ImageSource) -> tuple[Classifier, Va
   """(network, variables, class names) of config.init_from: an export, an .npz graph, a torch checkpoint or 'untrained'.
 
   The network of a checkpoint, and of 'untrained' (a fresh one), is that of config.model. InputError if it is not one for the images
-  and classes of `source`.
+  and classes of `source`; images without labels may be of any classes.
   """
   if not config.init_from:
     raise InputError(
@@ -95,7 +100,7 @@ def load_classifier(config, source: sources.ImageSource) -> tuple[Classifier, Va
     )
   path = pathlib.Path(config.init_from).expanduser()
   if config.init_from == UNTRAINED:
-    network = build_network(config.model, source)
+    network = _described_network(config, source)
     variables = jax.jit(network.init)(jax.random.key(config.seed))
   elif path.is_dir():
     network, variables, _ = export.load_export(path)
@@ -104,15 +109,24 @@ def load_classifier(config, source: sources.ImageSource) -> tuple[Classifier, Va
   elif path.suffix == ".npz":
     network, variables = graph_npz.load_graph(path, source.image_shape)
   else:
-    network = build_network(config.model, source)
+    network = _described_network(config, source)
     variables = pretrained.load_variables(path, network)[0]
   for what, of_network, of_images in (
     ("images", network.image_shape, source.image_shape),
     ("classes", network.num_classes, source.num_classes),
   ):
-    if of_network != of_images:
+    if of_network != of_images and (what == "images" or source.labelled):
       raise InputError(f"the network is made for {what} {of_network}, and the data have {of_images}")
   return network, variables, source.class_names
+
+
+def _described_network(config, source: sources.ImageSource) -> Classifier:
+  """The network of config.model; InputError where neither it nor the images say of how many classes."""
+  if not source.labelled and source.num_classes < 2:
+    raise InputError(
+      "the images have no labels, and init_from does not say of how many classes the network is: give the images num_classes"
+    )
+  return build_network(config.model, source)
 
 
 def in_float32(network: Classifier) -> Classifier:

@@ -24,6 +24,7 @@ from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
 from jax_trustdiff.data.image_store import ImageStore, StorePlan, check_place
 from jax_trustdiff.data.readers import read_npy
+from jax_trustdiff.data.records import UNLABELLED
 from jax_trustdiff.diffusion.guidance import Guided
 from jax_trustdiff.evaluation import report
 from jax_trustdiff.tasks import denoisers, noise_classifiers, reports
@@ -32,7 +33,6 @@ from jax_trustdiff.training.progress import ProgressReport, duration, say
 from jax_trustdiff.training.workdir import Workdir, write_atomically
 from jax_trustdiff.types import DenoiseFn, InputError, Stopped
 
-UNLABELLED = "unlabelled"
 MOST_CLASSES_SHOWN = 20  # as metrics of their own
 
 LabelsOf = Callable[[np.ndarray], np.ndarray]  # ids [n] -> labels [n]

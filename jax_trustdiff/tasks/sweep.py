@@ -25,16 +25,19 @@ PLACES = dict(data="data_path", generated="generated", generator="generator", un
 
 _Found = dict[str, float | np.ndarray]  # '<run>:<metric>' -> its value, or the verdicts on the images [n]
 _Columns = dict[str, dict[str, np.ndarray]]  # row -> column -> values [seeds] or [seeds, images]
+_Curves = dict[str, list[tuple[dict[float, float], str]]]  # row -> of every seed ({epoch: value}, 'epoch')
+ONE_OF_EACH = " Stages ran once: the intervals do not speak of another generator or other generated images."
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
   """Runs what is not finished, and returns '<row>/<column>', the mean over the seeds, and '<row>/<column>/interval'.
 
   config.stages: {name: recipe}, run once each in workdir/<name>, in order. config.rows: {row: recipe}, run for every seed in
-  workdir/<row>/seed-<seed>. config.evaluations: {name: recipe}, run for every row and seed in workdir/<row>/seed-<seed>-<name>.
+  workdir/<row>/seed-<seed>. config.evaluations: {name: recipe}, run for every row and seed in workdir/<row>/seed-<seed>-<name>;
+  one that does not speak of {row} is run once for every row, in workdir/<row>/<name>, and its metrics have no interval.
   The seeds are config.sweep_seeds, or config.seed alone; stages have config.seed.
-  A recipe is what --config takes, 'configs/at_cifar.py:cpu,train.num_epochs=20'. A {word} in it stands for a path: {data},
-  {generated}, {generator} and {unconditional} for the config's keys `data_path`, `generated` and so on, where it has them,
+  A recipe is what --config takes, 'configs/at_cifar.py:cpu,train.num_epochs=20'. A {word} in a value of it stands for a path:
+  {data}, {generated}, {generator} and {unconditional} for the config's keys `data_path`, `generated` and so on, where it has them,
   {workdir}, and {<stage>} for the folder of a stage; in evaluations also {row} for the folder of the row and seed, and {name} for
   the name of the row.
   config.order: {'stages', 'rows', 'columns', 'pictures': their names in order}. config.published: {row: text}.
@@ -42,7 +45,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   evaluation of robustness are the verdicts on its images, and so is a difference of two: their interval speaks of other seeds and
   other images (`statistics.crossed_interval`), that of other metrics of the seeds alone, and one seed has none.
   config.baseline: a row that is subtracted from every other, seed by seed and image by image ('': none): '<row> - <baseline>/...'.
-  config.curve: the metric of metrics.jsonl that is drawn against the epoch ('': none), of which there are config.epoch_steps steps.
+  config.curve: the metric of metrics.jsonl that is drawn against the epoch ('': none).
   config.bars: the columns drawn as bars. config.pictures: {caption: PNG of a run}, where {row} means one for every row.
 
   Writes workdir/report: table.md, the pictures and report.html. A part that has finished is not run again. InputError where images
@@ -52,6 +55,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   for name, part in plan.stages.items():
     plan.complete(part, name)
   found: dict[str, list[_Found]] = {row: [] for row in plan.rows}
+  curves: _Curves = {row: [] for row in plan.rows} if config.curve else {}
+  columns: dict[str, list[dict[str, np.ndarray]]] = {row: [] for row in plan.rows}
   for seed in plan.seeds:
     for row in plan.rows:
       of_parts = {}
@@ -59,29 +64,40 @@ def run(config, workdir: Workdir) -> dict[str, float]:
         one = plan.complete(part, f"{row}, seed {seed}, {name}")
         of_parts |= {f"{name}:{key}": value for key, value in one.items()}
       found[row].append(of_parts)
-  if config.baseline:
-    _check_same_images(found, config.baseline)
-  columns = {
-    row: {
-      name: np.stack([_value(formula, one) for one in of_seeds]) for name, formula in plan.columns.items()
-    }
-    for row, of_seeds in found.items()
+      # Here, so that a column or a curve that is not there ends the sweep at its first row.
+      columns[row].append({name: _value(formula, of_parts) for name, formula in plan.columns.items()})
+      if config.curve:
+        curves[row].append(plan.curve(row, seed, of_parts))
+  for row in plan.rows:
+    _check_same_images(found[row], found[config.baseline or row][0], row, config.baseline)
+  stacked = {
+    row: {name: np.stack([one[name] for one in of_seeds]) for name in plan.columns}
+    for row, of_seeds in columns.items()
   }
-  metrics = _summary(columns)
+  metrics = _summary(stacked, plan)
   if config.baseline:
-    metrics |= _summary(_less(columns, config.baseline))
+    metrics |= _summary(_less(stacked, config.baseline), plan)
   if parallel.is_main_process():
     workdir.open()
-    _report(config, plan, workdir, columns, metrics)
+    _report(config, plan, workdir, stacked, metrics, curves)
   return metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-  """A run: its folder in that of the sweep, and its recipe with the paths in it."""
+  """A run: its folder in that of the sweep, its recipe without values, and these, with the paths in them."""
 
   folder: str
   recipe: str
+  values: dict[str, Any]
+
+  def __str__(self) -> str:
+    values = ",".join(f"{key}={value}" for key, value in self.values.items())
+    return f"{self.recipe}{',' if ':' in self.recipe else ':'}{values}"
+
+  def load(self):
+    """Its config."""
+    return config_lib.load(self.recipe, self.values)
 
 
 class _Plan:
@@ -93,7 +109,7 @@ class _Plan:
     self._places |= {"workdir": str(workdir.path)}
     stages, rows, self.columns = (_ordered(config, name) for name in ("stages", "rows", "columns"))
     self._places |= {name: str(workdir / name) for name in stages}
-    self.seeds = config_lib.parse_seeds(config.sweep_seeds, config.seed)
+    self.seeds = config_lib.parse_seeds(config.sweep_seeds, config.seed, "sweep_seeds")
     self.rows = list(rows)
     self.stages = {name: self._part(name, _seeded(recipe, config.seed)) for name, recipe in stages.items()}
     taken = [name for name in self.rows if name in self.stages]
@@ -106,7 +122,7 @@ class _Plan:
     self._pictures = _ordered(config, "pictures")
     self.pictures()
     for part in (*self.stages.values(), *(p for row in self.rows for p in self.parts(row, 0).values())):
-      config_lib.load(part.recipe)
+      part.load()
     for name, formula in self.columns.items():
       for term in _terms(formula):
         if term.partition(":")[0] not in (TRAINING, *config.evaluations):
@@ -118,16 +134,38 @@ class _Plan:
     folder = self._folder(row, seed)
     found = {TRAINING: self._part(folder, _seeded(self._config.rows[row], seed))}
     for name, recipe in self._config.evaluations.items():
-      found[name] = self._part(f"{folder}-{name}", recipe, row=str(self._workdir / folder), name=row)
+      place = f"{folder}-{name}" if self._has_seeds(name) else f"{row}/{name}"
+      found[name] = self._part(place, recipe, row=str(self._workdir / folder), name=row)
     return found
+
+  def has_seeds(self, column: str) -> bool:
+    """Whether the values of a column may differ from seed to seed."""
+    return any(self._has_seeds(term.partition(":")[0]) for term in _terms(self.columns[column]))
+
+  def _has_seeds(self, name: str) -> bool:
+    """Whether a run of a row, its training or an evaluation, is one for every seed."""
+    return name == TRAINING or "{row}" in self._config.evaluations[name]
+
+  def curve(self, row: str, seed: int, found: _Found) -> tuple[dict[float, float], str]:
+    """({epoch: value} of config.curve in the training of a row, 'epoch'); steps where training does not say steps_per_epoch.
+
+    InputError if the run has no such metric.
+    """
+    curve, lines = self._config.curve, self._workdir.sub(self._folder(row, seed), None).read_metrics()
+    steps = found.get(f"{TRAINING}:steps_per_epoch")
+    values = {line["step"] / (steps or 1): line[curve] for line in lines if curve in line}
+    if not values:
+      known = ", ".join(sorted({name for line in lines for name in line} - {"step"}))
+      raise InputError(f"the training of {row!r} has no {curve!r} in its metrics.jsonl; there are {known}")
+    return values, "epoch" if steps else "step"
 
   def complete(self, part: _Part, what: str) -> _Found:
     """The metrics of a run and its verdicts, if it has any; it is run if it is not finished."""
-    config = config_lib.load(part.recipe)
+    config = part.load()
     folder = self._workdir.sub(part.folder, config)
 
     def begin():
-      say(f"{what}: {part.recipe}")
+      say(f"{what}: {part}")
       return tasks.find(config.task).run(config, folder)
 
     metrics = folder.complete(begin)
@@ -150,7 +188,10 @@ class _Plan:
     return f"{row}/seed-{seed}"
 
   def _part(self, folder: str, recipe: str, **more: str) -> _Part:
-    return _Part(folder, self._fill(recipe, **more))
+    """Paths are filled in once the recipe is taken apart: a comma or a number in one is nothing but that."""
+    recipe, values = config_lib.split_recipe(recipe)
+    filled = {k: self._fill(v, **more) if isinstance(v, str) else v for k, v in values.items()}
+    return _Part(folder, recipe, filled)
 
   def _fill(self, text: str, **more: str) -> str:
     places = self._places | more
@@ -196,17 +237,13 @@ def _value(formula: str, found: _Found) -> np.ndarray:
   return np.asarray(values[0] - sum(values[1:]))
 
 
-def _check_same_images(found: Mapping[str, Sequence[_Found]], baseline: str) -> None:
-  """InputError unless every row and seed was evaluated on the images of the baseline."""
-  first = found[baseline][0]
-  for row, of_seeds in found.items():
-    for one in of_seeds:
-      for name in one:
-        if name.endswith(f":{IDS}") and not np.array_equal(one[name], first[name]):
-          run = name.partition(":")[0]
-          raise InputError(
-            f"the images of {run} are other ones in row {row!r} than in the baseline {baseline!r}"
-          )
+def _check_same_images(of_seeds: Sequence[_Found], first: _Found, row: str, baseline: str) -> None:
+  """InputError unless a row was evaluated on the images of `first` with every seed."""
+  for one in of_seeds:
+    for name in one:
+      if name.endswith(f":{IDS}") and not np.array_equal(one[name], first[name]):
+        than = f"in the baseline {baseline!r}" if baseline else "with another seed"
+        raise InputError(f"the images of {name.partition(':')[0]} are other ones in row {row!r} than {than}")
 
 
 def _less(columns: _Columns, baseline: str) -> _Columns:
@@ -219,14 +256,14 @@ def _less(columns: _Columns, baseline: str) -> _Columns:
   }
 
 
-def _summary(columns: _Columns) -> dict[str, float]:
+def _summary(columns: _Columns, plan: _Plan) -> dict[str, float]:
   metrics = {}
   for row, of_row in columns.items():
     for name, values in of_row.items():
       place = f"{row}/{name}"
       if values.ndim == 2:
         metrics[place], metrics[f"{place}/interval"] = statistics.crossed_interval(values)
-      elif len(values) > 1:
+      elif len(values) > 1 and plan.has_seeds(name):
         metrics[place], metrics[f"{place}/interval"] = statistics.mean_interval(values.tolist())
       else:
         metrics[place] = float(values[0])
@@ -253,24 +290,15 @@ def _table(rows: Sequence[str], plan: _Plan, metrics, published) -> tuple[list[s
   return header, lines
 
 
-def _curves(config, plan: _Plan, workdir: Workdir) -> dict[str, tuple[list[float], list[float]]]:
-  """{row: (epochs, means over the seeds)} of config.curve."""
-  found = {}
-  for row in plan.rows:
-    runs: list[dict[int, float]] = []
-    for seed in plan.seeds:
-      part = plan.parts(row, seed)[TRAINING]
-      lines = workdir.sub(part.folder, None).read_metrics()
-      runs.append({line["step"]: line[config.curve] for line in lines if config.curve in line})
-    steps = sorted(set.intersection(*map(set, runs)))
-    if not steps:
-      raise InputError(f"no run of {row!r} has {config.curve!r} in its metrics.jsonl")
-    means = [float(np.mean([values[step] for values in runs])) for step in steps]
-    found[row.replace("_", " ")] = ([step / config.epoch_steps for step in steps], means)
-  return found
+def _means(runs: Sequence[Mapping[float, float]]) -> tuple[list[float], list[float]]:
+  """(epochs that all runs have, means of the values there)."""
+  epochs = sorted(set.intersection(*map(set, runs)))
+  return epochs, [float(np.mean([values[epoch] for values in runs])) for epoch in epochs]
 
 
-def _report(config, plan: _Plan, workdir: Workdir, columns: _Columns, metrics: dict[str, Any]) -> None:
+def _report(
+  config, plan: _Plan, workdir: Workdir, columns: _Columns, metrics: dict[str, Any], curves: _Curves
+) -> None:
   folder = workdir / "report"
   folder.mkdir(exist_ok=True)
   tables = [(config.title, *_table(plan.rows, plan, metrics, config.published))]
@@ -287,14 +315,17 @@ def _report(config, plan: _Plan, workdir: Workdir, columns: _Columns, metrics: d
   if config.bars:
     _bars(config, plan, metrics, folder / BARS)
     figures.append((folder / BARS, ", ".join(config.bars)))
-  if config.curve:
-    curves = _curves(config, plan, workdir)
-    report.accuracy_curves(curves, folder / CURVES, xlabel="epoch")
-    figures.append((folder / CURVES, f"{config.curve} against the epoch, mean of {len(plan.seeds)} seed(s)"))
+  if curves:
+    unit, *others = {unit for runs in curves.values() for _, unit in runs}
+    if others:
+      raise InputError("the training of some rows has steps_per_epoch among its metrics, that of others not")
+    lines = {row.replace("_", " "): _means([values for values, _ in runs]) for row, runs in curves.items()}
+    report.accuracy_curves(lines, folder / CURVES, xlabel=unit)
+    figures.append((folder / CURVES, f"{config.curve} against the {unit}, mean of {len(plan.seeds)} seed(s)"))
   report.html_report(
     folder / "report.html",
     title=config.title,
-    summary=f"Mean of {len(plan.seeds)} seed(s) with the half-width of its 95 % interval.",
+    summary=f"Mean of {len(plan.seeds)} seed(s) with the half-width of its 95 % interval.{ONE_OF_EACH if plan.stages else ''}",
     metrics={},  # the tables have them
     figures=figures + plan.pictures(),
     tables=tables,

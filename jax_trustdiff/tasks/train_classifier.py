@@ -2,7 +2,7 @@
 
 "Better Diffusion Models Further Improve Adversarial Training" (Wang et al., ICML 2023, arXiv:2302.04638): TRADES or another
 objective, with generated images in every batch or without, weight averaging, one-cycle schedule, the best checkpoint by
-validation PGD accuracy.
+validation PGD accuracy, or by clean accuracy where training is not adversarial.
 """
 
 import contextlib
@@ -32,7 +32,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   """Trains to the end, or goes on from the workdir's checkpoint, and returns the metrics of the test images.
 
   clean_accuracy and <attack>_accuracy are those of the best checkpoint, which workdir/export holds; last/... those of the
-  final one, in workdir/export_last. All use averaged parameters and the running statistics of the raw ones.
+  final one, in workdir/export_last. All use averaged parameters and the running statistics of the raw ones. Also best_step and
+  steps_per_epoch.
   """
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.model, config.mesh.shard)
   data = classifiers.load_data(config)
@@ -45,7 +46,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   variables = classifiers.initial_variables(config, network)
   reports.check(config)
   shapes = state.shapes(trainer.init, trainer.optimizer, mesh, config.mesh.rules)
-  _check_batch(network, shapes, config.train.batch_size // config.train.accumulate)
+  _check_batch(config, network, shapes)
 
   workdir.open()
   fresh = state.create_sharded(
@@ -70,12 +71,13 @@ def run(config, workdir: Workdir) -> dict[str, float]:
       checkpoints,
       config.train.batch_size,
       validate=validate if len(data.validation) else None,
-      score=f"{name}_accuracy",
+      score=f"{name}_accuracy" if trainer.adversarial else "clean_accuracy",
     )
     best, best_meta = checkpoints.restore_best(last) or (last, {"step": trainer.plan.num_steps})
 
   verdicts = test(best.ema_variables, f"test image ({classifiers.attack_name(config.eval.attack)})")
   metrics = _accuracies(verdicts, config) | {"best_step": best_meta["step"]}
+  metrics |= {"steps_per_epoch": trainer.steps_per_epoch}
   if best_meta["step"] != trainer.plan.num_steps:
     final = test(last.ema_variables, "test image, last checkpoint")
   else:
@@ -100,6 +102,16 @@ class Trainer:
   optimizer: object  # optax.GradientTransformation
   feed: pipeline.ResidentFeed | pipeline.StreamingFeed
   plan: loop.Plan
+  steps_per_epoch: int
+  adversarial: bool  # whether the objective attacks the images
+
+
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+  """ceil(num_images / batch_size), where num_images are the real images before validation was cut off.
+
+  So counts the code released with Wang et al. 2023, however many images were generated.
+  """
+  return math.ceil(num_images / batch_size)
 
 
 def build_trainer(config, network: Classifier, data: classifiers.ClassifierData, mesh) -> Trainer:
@@ -111,17 +123,16 @@ def build_trainer(config, network: Classifier, data: classifiers.ClassifierData,
   parallel.check_batch(batch_size // accumulate, mesh)
   if config.train.num_epochs < 1:
     raise InputError(f"train.num_epochs must be at least 1, found {config.train.num_epochs}")
-  # The epoch counts the real images before validation was cut off, as the original does (Wang et al. 2023, released code).
-  steps_per_epoch = math.ceil(data.epoch_images / batch_size)
-  source, sampler = _mixed(config, data, steps_per_epoch)
+  epoch_steps = steps_per_epoch(data.epoch_images, batch_size)
+  source, sampler = _mixed(config, data, epoch_steps)
   num_epochs = config.train.num_epochs
   schedule = config_lib.build(
-    optimizers.SCHEDULES, config.schedule, num_epochs=num_epochs, steps_per_epoch=steps_per_epoch
+    optimizers.SCHEDULES, config.schedule, num_epochs=num_epochs, steps_per_epoch=epoch_steps
   )
   optimizer = config_lib.build(optimizers.OPTIMIZERS, config.optimizer, schedule=schedule)
   objective = config_lib.build(objectives.OBJECTIVES, config.objective)
   transform = config_lib.build(augment.AUGMENTATIONS, config.augment)
-  perturbed_from = config.train.awp_warmup_epochs * steps_per_epoch  # the first step that perturbs weights
+  perturbed_from = config.train.awp_warmup_epochs * epoch_steps  # the first step that perturbs weights
   for name in ("awp_gamma", "awp_warmup_epochs", "cutmix"):
     if config.train[name] < 0:
       raise InputError(f"train.{name} must be at least 0, found {config.train[name]}")
@@ -149,9 +160,7 @@ def build_trainer(config, network: Classifier, data: classifiers.ClassifierData,
 
     def loss_at(params):
       variables = {"params": params, **collections}
-      return objectives.loss_and_collections(
-        objective, network, variables, x, x_adv, y, step // steps_per_epoch
-      )
+      return objectives.loss_and_collections(objective, network, variables, x, x_adv, y, step // epoch_steps)
 
     if config.train.awp_gamma:
       v = jax.lax.cond(
@@ -180,25 +189,27 @@ def build_trainer(config, network: Classifier, data: classifiers.ClassifierData,
     optimizer=optimizer,
     feed=pipeline.make_feed(source, sampler, mesh, config.train.resident),
     plan=loop.Plan(
-      num_steps=num_epochs * steps_per_epoch,
+      num_steps=num_epochs * epoch_steps,
       log_every=config.train.log_every,
       checkpoint_every=config.train.checkpoint_every,
-      validate_every=every * steps_per_epoch if len(data.validation) else 0,
+      validate_every=every * epoch_steps if len(data.validation) else 0,
       steps_per_dispatch=config.train.steps_per_dispatch,
       profile=loop.parse_profile(config.train.profile),
     ),
+    steps_per_epoch=epoch_steps,
+    adversarial=not isinstance(objective, objectives.Standard),
   )
 
 
 def _mixed(
-  config, data: classifiers.ClassifierData, steps_per_epoch: int
+  config, data: classifiers.ClassifierData, epoch_steps: int
 ) -> tuple[ImageSource, pipeline.Sampler]:
   """What is trained on and in which order: the real images alone, or with generated ones in every batch."""
   real, batch_size = data.train, config.train.batch_size
   if data.generated is None:
     return real, pipeline.EpochSampler(len(real), batch_size, config.seed)
   section, sizes = config.mixing, (len(real), len(data.generated))
-  sampler = mixing.MixedSampler(*sizes, batch_size, section.ratio, steps_per_epoch, section.walk, config.seed)
+  sampler = mixing.MixedSampler(*sizes, batch_size, section.ratio, epoch_steps, section.walk, config.seed)
   return mixing.together(real, data.generated), sampler
 
 
@@ -219,11 +230,19 @@ def _views(num_views: int, transform, cutmix: int, num_classes: int, batch, key:
   return to_unit(images), jnp.concatenate([y] * num_views)
 
 
-def _check_batch(network: Classifier, shapes: state.TrainState, batch_size: int) -> None:
-  """Traces one forward pass of a micro-batch: what does not fit raises before anything is written."""
-  images = jax.ShapeDtypeStruct((batch_size, *network.image_shape), jnp.float32)
+def _check_batch(config, network: Classifier, shapes: state.TrainState) -> None:
+  """Traces augmentation and one forward pass of a micro-batch: what does not fit raises before anything is written."""
+  batch_size = config.train.batch_size // config.train.accumulate
+  transform = config_lib.build(augment.AUGMENTATIONS, config.augment)
+  images = jax.ShapeDtypeStruct((batch_size, *network.image_shape), jnp.uint8)
+  batch = {"image": images, "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
+
+  def views(batch, key):
+    return _views(1, transform, config.train.cutmix, network.num_classes, batch, key)[0]
+
+  x = jax.eval_shape(views, batch, jax.random.key(0))
   variables = {"params": shapes.params, **shapes.collections}
-  jax.eval_shape(network.train_logits, variables, images)
+  jax.eval_shape(network.train_logits, variables, x)
 
 
 def _accuracies(verdicts: classifiers.Verdicts, config) -> dict[str, float]:

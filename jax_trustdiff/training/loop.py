@@ -108,7 +108,8 @@ def fit(
   Starts from the newest checkpoint in the workdir if there is one, exactly: parameters, optimizer, average,
   statistics, step and so the order of the data, and the metrics since their last line. The buffers of `state`
   are given up, before anything is restored. `validate(state)` returns metrics, of which `score` ranks the
-  checkpoints. `batch_size` is for images/s. The steps of plan.profile are traced into workdir/profile.
+  checkpoints. `batch_size` is for images/s. The steps of plan.profile are traced into workdir/profile. Records `input_stall`, at most
+  the part of the time of training steps in which the devices waited for data, since the start or the resumption.
   RunError at a loss that is not finite, naming the step; Stopped after SIGTERM or Ctrl-C, saved.
   """
   window = None
@@ -147,16 +148,19 @@ def fit(
       if plan.checkpoints_at(step) or stopping:
         log.flush()
         progress.pause()
+        idle.pause()
         found = validate(state) if validate is not None and plan.validates_at(step) else {}
         if found:
           log.write(step, {f"validation/{k}": v for k, v in found.items()})
         meta = {"step": step, "metrics": found, "window": log.window()}
         checkpoints.save(step, state, meta, score=found.get(score) if score else None)
         workdir.keep_seconds()
+        idle.resume()
         progress.resume()
       if stopping:
         raise Stopped(f"saved at step {step}; the same command goes on from there", 128 + stopping)
-  idle.report()
+  if (stall := idle.report()) is not None:
+    workdir.record("input_stall", stall)
   return state
 
 
@@ -164,7 +168,14 @@ class _Idle:
   """How long the devices waited for data: at most the time that data took where the dispatch before was done when they came."""
 
   def __init__(self):
-    self._waited, self._started = 0.0, None
+    self._waited, self._started, self._paused = 0.0, None, 0.0
+
+  def pause(self) -> None:
+    """Validation and checkpoints begin, whose time is not that of steps."""
+    self._paused -= time.perf_counter() if self._started is not None else 0.0
+
+  def resume(self) -> None:
+    self._paused += time.perf_counter() if self._started is not None else 0.0
 
   @contextlib.contextmanager
   def waiting(self, metrics: dict | None):
@@ -178,11 +189,13 @@ class _Idle:
     if metrics["loss"].is_ready():
       self._waited += time.perf_counter() - start
 
-  def report(self) -> None:
-    """Says it, of all the time since the second dispatch."""
-    if self._started is not None:
-      share = self._waited / (time.perf_counter() - self._started)
-      say(f"the devices waited for data in {share:.2%} of the time, at most")
+  def report(self) -> float | None:
+    """Says and returns it, as a part of the time since the second dispatch without pauses; None if there was no second."""
+    if self._started is None:
+      return None
+    share = self._waited / (time.perf_counter() - self._started - self._paused)
+    say(f"the devices waited for data in {share:.2%} of the time of training steps, at most")
+    return share
 
 
 class _Compiler:
