@@ -72,7 +72,8 @@ def _run(argv: list[str]) -> int:
   parallel.enable_compilation_cache()
   task = tasks.find(config.task)
   name = pathlib.Path(recipe.partition(":")[0]).stem
-  workdir = Workdir(options.workdir or f"runs/{name}-{config_lib.config_hash(config)}", config)
+  folder = options.workdir or f"runs/{name}-{config_lib.config_hash(config)}"
+  workdir = Workdir(folder, config, of_parts=getattr(task, "OF_PARTS", False))
   metrics = workdir.complete(lambda: seeds.run(task.run, config, workdir))
   if parallel.is_main_process():
     for key, value in metrics.items():

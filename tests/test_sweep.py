@@ -58,7 +58,7 @@ def runs(monkeypatch):
 def run(folder, **overrides):
   overrides = {"sweep_seeds": "0,1"} | {name.replace("__", "."): value for name, value in overrides.items()}
   config = config_lib.load(RECIPE, overrides)
-  workdir = Workdir(folder, config)
+  workdir = Workdir(folder, config, of_parts=sweep.OF_PARTS)
   return workdir.complete(lambda: sweep.run(config, workdir))
 
 
@@ -125,6 +125,21 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, runs):
   metrics = run(tmp_path / "run")
   assert len(first) == 4 and len(runs.done) == 13 and len(set(runs.done)) == 13
   assert metrics == run(tmp_path / "other")
+
+
+def test_seeds_and_columns_can_be_added(tmp_path, runs):
+  """What is finished stays, and the table is made again; a row that changed is refused by its own folder."""
+  run(tmp_path / "run", sweep_seeds="0")
+  first = list(runs.done)
+  metrics = run(tmp_path / "run", columns__gap="train:best_step", title="More")
+  assert len(first) == 7 and len(runs.done) == 13
+  assert metrics["none/gap"] == 16 and "none/clean/interval" in metrics
+  result = json.loads((tmp_path / "run/result.json").read_text())
+  assert result["metrics"] == metrics
+  assert run(tmp_path / "run", columns__gap="train:best_step", title="More") == metrics
+  with pytest.raises(InputError, match="holds a run of another config .*num_epochs"):
+    run(tmp_path / "run", rows__none="configs/at_cifar.py:smoke,train.num_epochs=3")
+  assert len(runs.done) == 13 and json.loads((tmp_path / "run/result.json").read_text()) == result
 
 
 def test_one_seed_has_no_interval(tmp_path, runs):

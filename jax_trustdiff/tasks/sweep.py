@@ -15,6 +15,7 @@ from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError
 
+OF_PARTS = True  # for `Workdir`
 TABLE, CURVES = "table.md", "curves.png"
 BARS = "bars.png"
 TRAINING = "train"  # the run of a row itself, beside its evaluations, in names of metrics
@@ -48,8 +49,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   config.curve: the metric of metrics.jsonl that is drawn against the epoch ('': none).
   config.bars: the columns drawn as bars. config.pictures: {caption: PNG of a run}, where {row} means one for every row.
 
-  Writes workdir/report: table.md, the pictures and report.html. A part that has finished is not run again. InputError where images
-  that are not the same would be compared one by one.
+  Writes workdir/report: table.md, the pictures and report.html. A part that has finished is not run again, also where seeds, rows or
+  columns were added since. InputError where images that are not the same would be compared one by one.
   """
   plan = _Plan(config, workdir)
   for name, part in plan.stages.items():

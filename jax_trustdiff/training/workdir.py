@@ -27,12 +27,17 @@ class Workdir:
   """The folder `path` of the run of `config`. Nothing is written before `open`.
 
   In a multi-host run only process 0 writes; the others hold the same object and their writes do nothing.
+  of_parts: the run is one of parts that have folders of their own, which refuse another config each; so its own may change (more
+  seeds, other columns), and then it goes on, also if it was finished.
   """
 
-  def __init__(self, path: str | os.PathLike, config: Any, parent: "Workdir | None" = None):
+  def __init__(
+    self, path: str | os.PathLike, config: Any, parent: "Workdir | None" = None, of_parts: bool = False
+  ):
     self.path = pathlib.Path(os.path.abspath(path))
     self._config = config
     self._parent = parent
+    self._of_parts = of_parts
     self._lock = None
     self._records: dict[str, Any] = {}
     self._started = time.monotonic()
@@ -75,7 +80,9 @@ class Workdir:
       self._lock = lock
       if (self / ".seconds").exists():
         self._seconds_before = float((self / ".seconds").read_text())
-      if not (self / "config.json").exists():
+      if self._changes():
+        (self / "result.json").unlink(missing_ok=True)
+      if self._changes() or not (self / "config.json").exists():
         write_atomically(self / "config.json", config_lib.to_json(self._config) + "\n")
 
   def close(self) -> None:
@@ -122,7 +129,7 @@ class Workdir:
     The lock, which `run` takes by `open`, is given back.
     """
     self.check()
-    metrics = self.finished_metrics()
+    metrics = None if self._changes() else self.finished_metrics()
     if metrics is None:
       try:
         metrics = dict(run())
@@ -177,16 +184,22 @@ class Workdir:
         f"workdir {self.path} cannot be made: {existing} is not writable; take another --workdir"
       )
 
-  def _check_config(self) -> None:
+  def _changes(self) -> list[str]:
+    """What differs between the config that is stored, if one is, and this one."""
     file = self / "config.json"
-    if file.exists():
-      try:
-        stored = json.loads(file.read_text())
-      except ValueError:
-        raise InputError(
-          f"{file} is not JSON: it is not the config of a run; take another --workdir"
-        ) from None
-      changed = config_lib.difference(stored, self._config)
+    if not file.exists():
+      return []
+    try:
+      stored = json.loads(file.read_text())
+    except ValueError:
+      raise InputError(f"{file} is not JSON: it is not the config of a run; take another --workdir") from None
+    return config_lib.difference(stored, self._config)
+
+  def _check_config(self) -> None:
+    if (self / "config.json").exists():
+      changed = self._changes()
+      if self._of_parts and not any(change.startswith("task: ") for change in changed):
+        return
       if changed:
         shown = "; ".join(changed[:8]) + ("; ..." if len(changed) > 8 else "")
         raise InputError(
