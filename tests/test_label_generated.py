@@ -11,7 +11,7 @@ from jax_trustdiff.data import mixing, pseudo_labels, sources
 from jax_trustdiff.data.image_store import ImageStore, StorePlan
 from jax_trustdiff.data.pseudo_labels import PseudoLabels, surest
 from jax_trustdiff.data.records import image_source
-from jax_trustdiff.tasks import classifiers, generate, label_generated
+from jax_trustdiff.tasks import classifiers, generate, label_generated, train_diffusion
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, RunError
 
@@ -233,6 +233,10 @@ def test_images_of_a_model_without_classes_get_the_labels_that_a_classifier_sees
   found = sources.parts(store)
   assert (found.labelled, found.num_classes, found.class_names) == (False, 1, ("unlabelled",))
   assert not mixing.generated_source(store, source(num_classes=10)).labelled
+  with pytest.raises(InputError, match="num_classes=10; the store has 1 classes"):
+    sources.image_store(store, 10)
+  with pytest.raises(InputError, match="no labels: train without them"):
+    train_diffusion.build_model(config_lib.load("configs/edm_cifar.py:smoke"), found)
   settings = dict(generated__name="parts", eval__num_images=0)
   with pytest.raises(InputError, match="the images have no labels: label.whose=predicted"):
     run(tmp_path / "given", **settings, generated__path=store)

@@ -28,14 +28,7 @@ from typing import Any
 import numpy as np
 
 from jax_trustdiff.data.readers import existing, read_npy, split_folder
-from jax_trustdiff.data.records import (
-  UNLABELLED,
-  ImageSource,
-  agreed_names,
-  check_split,
-  image_source,
-  of_classes,
-)
+from jax_trustdiff.data.records import UNLABELLED, ImageSource, agreed_names, check_split, image_source
 from jax_trustdiff.types import InputError, RunError
 
 FORMAT = 2
@@ -224,8 +217,8 @@ def image_store(
   """A complete image store, memory-mapped; ids are those of the store.
 
   The folders `path`/train and `path`/test are the splits if they are there; otherwise `path` is 'train'. File sizes are
-  compared with the manifest, hashes are not: see `verify`. Images without labels are of one class, or of num_classes if that is not
-  0, and `labelled` is False. InputError for a store that is not complete.
+  compared with the manifest, hashes are not: see `verify`. Images without labels are of one class, and `labelled` is False. InputError
+  for a store that is not complete.
   """
   check_split(split)
   root = split_folder(existing(path, "the folder of an image store"), split)
@@ -239,7 +232,7 @@ def image_store(
   }
   parts = {kind: map(read_npy, of_kind) for kind, of_kind in files.items()}
   labelled = manifest["class_names"] != [UNLABELLED]
-  if labelled and num_classes not in (0, manifest["num_classes"]):
+  if num_classes not in (0, manifest["num_classes"]):
     raise InputError(f"{root}: num_classes={num_classes}; the store has {manifest['num_classes']} classes")
   names = agreed_names(tuple(manifest["class_names"]), class_names if labelled else (), str(root))
   source = image_source(parts["images"], parts["labels"], str(root), manifest["num_classes"], names)
@@ -248,8 +241,7 @@ def image_store(
     raise InputError(
       f"{root} holds {len(source)} images and {len(ids)} ids, and {MANIFEST} says {manifest['num_images']}"
     )
-  source = dataclasses.replace(source, ids=ids, labelled=labelled)
-  return of_classes(source, num_classes) if num_classes and not labelled else source
+  return dataclasses.replace(source, ids=ids, labelled=labelled)
 
 
 def verify(path: str | os.PathLike) -> int:

@@ -26,6 +26,7 @@ from jax_trustdiff.data.records import (
   check_split,
   given_names,
   image_source,
+  of_classes,
 )
 from jax_trustdiff.data.tfds import tfds
 from jax_trustdiff.types import InputError
@@ -200,14 +201,17 @@ def parts(
 
   path: places separated by commas, in order; a pattern with * or ? stands for all that it matches, in natural order. An .npz file
   has image and label. All is the split 'train'. Ids count the images of all places from 0. InputError for a place that is none of
-  these, for images or classes that differ, and for stores without labels beside images with labels.
+  these, for images or classes that differ, and for stores without labels beside images with labels. Images without labels are of
+  num_classes if it is not 0.
   """
   if split != "train":
     raise InputError(f"the parts of {path} are the split 'train'; there is no split {split!r}")
   found, names = [], tuple(class_names)
   for place in _places(path):
-    read = image_store if (place / PLAN).is_file() or (place / MANIFEST).is_file() else npz
-    found.append(read(str(place), num_classes, class_names=class_names))
+    if (place / PLAN).is_file() or (place / MANIFEST).is_file():
+      found.append(_store_of_classes(str(place), num_classes, class_names))
+    else:
+      found.append(npz(str(place), num_classes, class_names=class_names))
     for what in ("image_shape", "num_classes", "labelled"):
       of_first, of_this = getattr(found[0], what), getattr(found[-1], what)
       if of_this != of_first:
@@ -235,6 +239,16 @@ SOURCES: dict[str, Callable[..., ImageSource]] = {
 
 
 # ---- helpers ----
+
+
+def _store_of_classes(place: str, num_classes: int, class_names: tuple[str, ...]) -> ImageSource:
+  """An image store, whose images are of num_classes if they have no labels and it is not 0."""
+  store = image_store(place, class_names=class_names)
+  if not store.labelled:
+    return of_classes(store, num_classes) if num_classes else store
+  if num_classes not in (0, store.num_classes):
+    raise InputError(f"{place}: num_classes={num_classes}; the store has {store.num_classes} classes")
+  return store
 
 
 def _places(path: str) -> list[pathlib.Path]:
