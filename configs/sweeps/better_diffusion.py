@@ -14,7 +14,7 @@ table in markdown beside the published numbers, and validation accuracy against 
   datasets         CIFAR-100, SVHN and Tiny ImageNet in data_path/<name>, with 1M images in generated/<name>
   cpu              overfitting in small, on Fashion-MNIST (data_path: a folder with its four idx files): a U-Net is trained on 1000
                    images and makes 5000, and small classifiers are trained on the 1000 with and without these
-  gpu              the same with a PreActResNet-18 on 10,000 images of CIFAR-10 and 20,000 generated: a quarter of an hour of an H100
+  gpu              the same with a PreActResNet-18 on 10,000 images of CIFAR-10 and 20,000 generated: about 25 minutes of an H100 (estimated)
   smoke            a minute; the bundled digits
 
 Cost on CIFAR-10: 5.7e18 FLOP for a run of 400 epochs with a WRN-28-10. The published numbers are of AutoAttack, in percent.
@@ -198,7 +198,7 @@ def _cpu():
 
 
 def _gpu():
-  """Ten thousand images in 1290 batches of 256 without augmentation, one seed: a quarter of an hour of a GPU."""
+  """Ten thousand images in 1290 batches of 256 without augmentation, one seed: about 25 minutes of a GPU, by estimate."""
   data = "data.path={data},train.num_train=11000,train.num_validation=1000,train.validation_split=first"
   training = (
     f"configs/at_cifar.py:preact18,{data},eval.num_test=500,augment.name=none,"
