@@ -93,25 +93,19 @@ def parse_variant(variant: str, names: tuple[str, ...]) -> tuple[list[str], dict
 
   A part without '=' must be one of `names`; a value is a Python literal, or else a string.
   """
-  chosen, overrides = [], {}
-  for part in filter(None, (p.strip() for p in _split_outside_brackets(variant))):
-    key, equals, value = part.partition("=")
-    if equals:
-      overrides[key] = _literal(value)
-    elif part in names:
-      chosen.append(part)
-    else:
-      known = ", ".join(names) or "none"
-      raise InputError(f"unknown variant {part!r}{_did_you_mean(part, names)}; this recipe has: {known}")
+  chosen, overrides = _names_and_values(variant)
+  if unknown := [part for part in chosen if part not in names]:
+    known = ", ".join(names) or "none"
+    raise InputError(
+      f"unknown variant {unknown[0]!r}{_did_you_mean(unknown[0], names)}; this recipe has: {known}"
+    )
   return chosen, overrides
 
 
 def split_recipe(recipe: str) -> tuple[str, dict[str, Any]]:
   """('configs/at_cifar.py:cpu', {'seed': 3}) of 'configs/at_cifar.py:cpu,seed=3': what `load` takes apart."""
   path, _, variant = recipe.partition(":")
-  parts = [part for part in map(str.strip, _split_outside_brackets(variant)) if part]
-  names = [part for part in parts if "=" not in part]
-  _, overrides = parse_variant(",".join(part for part in parts if "=" in part), ())
+  names, overrides = _names_and_values(variant)
   return (f"{path}:{','.join(names)}" if names else path), overrides
 
 
@@ -282,6 +276,18 @@ def _literal(text: str) -> Any:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError):
     return text
+
+
+def _names_and_values(variant: str) -> tuple[list[str], dict[str, Any]]:
+  """The parts of a variant string without '=', and {key: value} of those with one."""
+  names, values = [], {}
+  for part in filter(None, map(str.strip, _split_outside_brackets(variant))):
+    key, equals, value = part.partition("=")
+    if equals:
+      values[key] = _literal(value)
+    else:
+      names.append(part)
+  return names, values
 
 
 def _split_outside_brackets(text: str) -> list[str]:

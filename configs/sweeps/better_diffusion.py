@@ -187,13 +187,9 @@ def _cpu():
       generator=f"configs/edm_cifar.py:cpu,{data},eval.num_samples=0,train.validate_every=500",
       images="configs/generate_cifar.py:cpu,init_from={generator}/export,generate.num_images=5000,sampler.num_steps=8",
     ),
-    rows=dict(none=training, generated=f"{training},mixing.generated={{images}}/images"),
-    evaluations=dict(autoattack=f"{evaluation}export", last=f"{evaluation}export_last"),
-    columns=OVERFITTING,
-    baseline="none",
     curve="validation/pgd10_accuracy",
-    bars=("best", "last"),
     pictures={"generated images": "{images}/report/samples.png"},
+    **_with_and_without(training, evaluation),
   )
 
 
@@ -221,13 +217,9 @@ def _gpu():
         "generate.num_images=20000,generate.batch_size=1000,generate.micro_batch=500"
       ),
     ),
-    rows=dict(none=training, generated=f"{training},mixing.generated={{images}}/images"),
-    evaluations=dict(autoattack=f"{evaluation}export", last=f"{evaluation}export_last"),
-    columns=OVERFITTING,
-    baseline="none",
     curve="validation/pgd10_accuracy",
-    bars=("best", "last"),
     pictures={"generated images": "{images}/report/samples.png"},
+    **_with_and_without(training, evaluation),
   )
 
 
@@ -240,12 +232,19 @@ def _smoke():
     title="Robust overfitting, a smoke test",
     sweep_seeds="0",
     stages=dict(images="configs/generate_cifar.py:smoke"),
-    rows=dict(none=training, generated=f"{training},mixing.generated={{images}}/images,mixing.ratio=0.5"),
+    published=dict(none="nothing"),
+    curve="validation/pgd2_accuracy",
+    pictures={"attacked": "{row}/report/adversarial_images.png"},
+    **_with_and_without(training, evaluation, ",mixing.ratio=0.5"),
+  )
+
+
+def _with_and_without(training, evaluation, mixing=""):
+  """Best and last checkpoint of two rows: `training` alone, and with the images of the stage `images`, mixed as `mixing` says."""
+  return dict(
+    rows=dict(none=training, generated=f"{training},mixing.generated={{images}}/images{mixing}"),
     evaluations=dict(autoattack=f"{evaluation}export", last=f"{evaluation}export_last"),
     columns=OVERFITTING,
-    published=dict(none="nothing"),
     baseline="none",
-    curve="validation/pgd2_accuracy",
     bars=("best", "last"),
-    pictures={"attacked": "{row}/report/adversarial_images.png"},
   )

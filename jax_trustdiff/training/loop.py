@@ -172,10 +172,12 @@ class _Idle:
 
   def pause(self) -> None:
     """Validation and checkpoints begin, whose time is not that of steps."""
-    self._paused -= time.perf_counter() if self._started is not None else 0.0
+    self._paused = time.perf_counter()
 
   def resume(self) -> None:
-    self._paused += time.perf_counter() if self._started is not None else 0.0
+    """Steps go on."""
+    if self._started is not None:
+      self._started += time.perf_counter() - self._paused
 
   @contextlib.contextmanager
   def waiting(self, metrics: dict | None):
@@ -193,7 +195,7 @@ class _Idle:
     """Says and returns it, as a part of the time since the second dispatch without pauses; None if there was no second."""
     if self._started is None:
       return None
-    share = self._waited / (time.perf_counter() - self._started - self._paused)
+    share = self._waited / (time.perf_counter() - self._started)
     say(f"the devices waited for data in {share:.2%} of the time of training steps, at most")
     return share
 

@@ -80,9 +80,10 @@ class Workdir:
       self._lock = lock
       if (self / ".seconds").exists():
         self._seconds_before = float((self / ".seconds").read_text())
-      if self._changes():
+      changed = self._changes()
+      if changed:
         (self / "result.json").unlink(missing_ok=True)
-      if self._changes() or not (self / "config.json").exists():
+      if changed or not (self / "config.json").exists():
         write_atomically(self / "config.json", config_lib.to_json(self._config) + "\n")
 
   def close(self) -> None:
