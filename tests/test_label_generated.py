@@ -11,7 +11,14 @@ from jax_trustdiff.data import mixing, pseudo_labels, sources
 from jax_trustdiff.data.image_store import ImageStore, StorePlan
 from jax_trustdiff.data.pseudo_labels import PseudoLabels, surest
 from jax_trustdiff.data.records import image_source
-from jax_trustdiff.tasks import classifiers, generate, label_generated, train_diffusion
+from jax_trustdiff.tasks import (
+  classifiers,
+  evaluate_robustness,
+  generate,
+  label_generated,
+  train_diffusion,
+  train_noise_classifier,
+)
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, RunError
 
@@ -250,6 +257,14 @@ def test_images_of_a_model_without_classes_get_the_labels_that_a_classifier_sees
   training = {"mixing.generated": store}
   with pytest.raises(InputError, match="have no labels: label them with label_generated.py"):
     classifiers.load_data(config_lib.load("configs/at_cifar.py:smoke", training))
+  as_data = {"data.name": "parts", "data.path": store, "data.num_classes": 10, "eval.split": "train"}
+  config = config_lib.load("configs/eval_robust.py:smoke", as_data)
+  with pytest.raises(InputError, match="the images have no labels"):
+    evaluate_robustness.run(config, Workdir(tmp_path / "judged", config))
+  del as_data["eval.split"]
+  config = config_lib.load("configs/noise_classifier.py:smoke", as_data)
+  with pytest.raises(InputError, match="the images have no labels"):
+    train_noise_classifier.run(config, Workdir(tmp_path / "noise", config))
   training["mixing.labels"] = str(workdir / "labels.npz")
   data = classifiers.load_data(config_lib.load("configs/at_cifar.py:smoke", training))
   assert data.generated.labelled and data.generated.num_classes == 10

@@ -139,6 +139,11 @@ def test_seeds_and_columns_can_be_added(tmp_path, runs):
   assert run(tmp_path / "run", columns__gap="train:best_step", title="More") == metrics
   with pytest.raises(InputError, match="holds a run of another config .*num_epochs"):
     run(tmp_path / "run", rows__none="configs/at_cifar.py:smoke,train.num_epochs=3")
+  changed = "configs/at_cifar.py:smoke,train.num_epochs=3,mixing.generated={images}/images"
+  with pytest.raises(InputError, match="holds a run of another config .*num_epochs"):
+    run(
+      tmp_path / "run", sweep_seeds="5,0", rows__generated=changed
+    )  # the last row, after seeds that are new
   assert len(runs.done) == 13 and json.loads((tmp_path / "run/result.json").read_text()) == result
 
 

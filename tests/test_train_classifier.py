@@ -17,7 +17,7 @@ from jax_trustdiff.data.sources import SOURCES
 from jax_trustdiff.interop import export
 from jax_trustdiff.models.registry import MODELS
 from jax_trustdiff.robustness.objectives import OBJECTIVES
-from jax_trustdiff.tasks import classifiers, train_classifier
+from jax_trustdiff.tasks import classifiers, reports, train_classifier
 from jax_trustdiff.training import state
 from jax_trustdiff.training.optimizers import OPTIMIZERS, SCHEDULES
 from jax_trustdiff.training.workdir import Workdir
@@ -80,6 +80,24 @@ def test_the_best_checkpoint_is_the_most_robust_but_of_standard_training(tmp_pat
   config = config_lib.load(SMOKE, {"objective.name": name, "train.num_train": 256})
   with pytest.raises(Asked, match="clean_accuracy" if name == "standard" else "pgd2_accuracy"):
     train_classifier.run(config, Workdir(tmp_path / "run", config))
+
+
+@pytest.mark.parametrize("score, marked", [("clean_accuracy", "validation/clean_accuracy"), ("", "")])
+def test_the_report_marks_the_step_of_the_best_checkpoint(tmp_path, monkeypatch, score, marked):
+  class Asked(Exception):
+    pass
+
+  def ask(*args, score):
+    raise Asked(score)
+
+  monkeypatch.setattr(reports.report, "training_curves", ask)
+  config = config_lib.load(SMOKE)
+  workdir = Workdir(tmp_path / "run", config)
+  workdir.open()
+  with pytest.raises(Asked) as asked:
+    verdicts = classifiers.Verdicts(np.ones(1, bool), np.ones(1, bool), {})
+    reports.classifier_report(config, workdir, (), verdicts, {}, score)
+  assert asked.value.args == (marked,)
 
 
 def test_an_augmentation_that_does_not_fit_the_images_writes_nothing(tmp_path):

@@ -142,6 +142,12 @@ def given_names(source: ImageSource) -> tuple[str, ...]:
   return () if source.class_names == tuple(map(str, range(source.num_classes))) else source.class_names
 
 
+def check_labelled(source: ImageSource, advice: str = "label them with label_generated.py") -> None:
+  """InputError for images without labels, whose labels must not be taken for those of class 0."""
+  if not source.labelled:
+    raise InputError(f"the images have no labels: {advice}")
+
+
 def of_classes(source: ImageSource, num_classes: int) -> ImageSource:
   """Images without labels as images of so many classes, which they are yet to be given."""
   names = tuple(map(str, range(num_classes)))

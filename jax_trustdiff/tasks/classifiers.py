@@ -41,6 +41,8 @@ def load_data(config) -> ClassifierData:
   full = config_lib.build(sources.SOURCES, config.data, split="train")
   test = config_lib.build(sources.SOURCES, config.data, split="test", class_names=full.class_names)
   records.check_alike(full, test)
+  records.check_labelled(full)
+  records.check_labelled(test)
   if config.train.num_train:
     full = records.limit(full, config.train.num_train)
   if config.eval.num_test:
@@ -88,12 +90,17 @@ def initial_variables(config, network: Classifier) -> Variables | None:
   return pretrained.load_variables(config.init_from, network)[0] if config.init_from else None
 
 
-def load_classifier(config, source: sources.ImageSource) -> tuple[Classifier, Variables, tuple[str, ...]]:
+def load_classifier(
+  config, source: sources.ImageSource, labelled: bool = True
+) -> tuple[Classifier, Variables, tuple[str, ...]]:
   """(network, variables, class names) of config.init_from: an export, an .npz graph, a torch checkpoint or 'untrained'.
 
   The network of a checkpoint, and of 'untrained' (a fresh one), is that of config.model. InputError if it is not one for the images
-  and classes of `source`; images without labels may be of any classes.
+  and classes of `source`, and for images without labels, unless `labelled` is False; these may be of one class, which says nothing
+  of those of the network.
   """
+  if labelled:
+    records.check_labelled(source)
   if not config.init_from:
     raise InputError(
       "init_from is empty: give the export folder of a classifier, --config.init_from=<run>/export"
@@ -115,7 +122,8 @@ def load_classifier(config, source: sources.ImageSource) -> tuple[Classifier, Va
     ("images", network.image_shape, source.image_shape),
     ("classes", network.num_classes, source.num_classes),
   ):
-    if of_network != of_images and (what == "images" or source.labelled):
+    unknown = what == "classes" and not source.labelled and of_images == 1
+    if of_network != of_images and not unknown:
       raise InputError(f"the network is made for {what} {of_network}, and the data have {of_images}")
   return network, variables, source.class_names
 

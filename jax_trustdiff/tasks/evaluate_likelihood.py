@@ -67,6 +67,8 @@ def _check(config, denoise, source: sources.ImageSource, mesh) -> None:
   network = denoise.network
   if source.image_shape != network.image_shape:
     raise InputError(f"the images are {source.image_shape} and those of the model {network.image_shape}")
+  if network.num_classes:
+    records.check_labelled(source)
   if network.num_classes and source.num_classes != network.num_classes:
     raise InputError(f"the images have {source.num_classes} classes and the model {network.num_classes}")
   if len(source) < 2 or config.eval.repeats < 1:

@@ -38,11 +38,9 @@ def run(config, workdir: Workdir) -> dict[str, Any]:
   source = config_lib.build(sources.SOURCES, config.generated, split=config.eval.split)
   if config.eval.num_images:
     source = records.limit(source, config.eval.num_images)
-  if not source.labelled and section.whose == "given":
-    raise InputError(
-      "the images have no labels: label.whose=predicted gives them those that the classifier sees"
-    )
-  network, variables, _ = classifiers.load_classifier(config, source)
+  if section.whose == "given":
+    records.check_labelled(source, "label.whose=predicted gives them those that the classifier sees")
+  network, variables, _ = classifiers.load_classifier(config, source, labelled=False)
   if not source.labelled:
     source = records.of_classes(source, network.num_classes)
   parallel.check_batch(config.eval.batch_size, mesh)

@@ -20,12 +20,16 @@ def check(config) -> None:
 
 
 def classifier_report(
-  config, workdir: Workdir, class_names: tuple[str, ...], verdicts: classifiers.Verdicts, metrics
+  config, workdir: Workdir, class_names: tuple[str, ...], verdicts: classifiers.Verdicts, metrics, score: str
 ) -> None:
-  """Training curves, a grid of attacked test images and report.html of one classifier, in workdir/report."""
+  """Training curves, a grid of attacked test images and report.html of one classifier, in workdir/report.
+
+  score: the name of the validation metric that chose the best checkpoint; '': none did.
+  """
   folder = workdir / "report"
   folder.mkdir(exist_ok=True)
-  report.training_curves(workdir.read_metrics(), folder / "training_curves.png")
+  best = f"validation/{score}" if score else ""
+  report.training_curves(workdir.read_metrics(), folder / "training_curves.png", score=best)
   shown = {name: values[: config.report.num_images] for name, values in verdicts.shown.items()}
   caption = report.adversarial_grid(
     shown["image"],

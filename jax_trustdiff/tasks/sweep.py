@@ -102,7 +102,7 @@ class _Part:
 
 
 class _Plan:
-  """Every run of the sweep. Each is loaded here, so that mistakes are found before the first begins."""
+  """Every run of the sweep. Each is loaded here and its folder looked at, so that mistakes are found before the first begins."""
 
   def __init__(self, config, workdir: Workdir):
     self._config, self._workdir = config, workdir
@@ -122,8 +122,9 @@ class _Plan:
       raise InputError(f"bars: {unknown[0]!r} is no column; there are {', '.join(self.columns)}")
     self._pictures = _ordered(config, "pictures")
     self.pictures()
-    for part in (*self.stages.values(), *(p for row in self.rows for p in self.parts(row, 0).values())):
-      part.load()
+    of_rows = (p for row in self.rows for seed in self.seeds for p in self.parts(row, seed).values())
+    for part in (*self.stages.values(), *of_rows):
+      workdir.sub(part.folder, part.load()).check()
     for name, formula in self.columns.items():
       for term in _terms(formula):
         if term.partition(":")[0] not in (TRAINING, *config.evaluations):

@@ -56,6 +56,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     fresh = state.with_variables(fresh, variables)
   _say_size(network, fresh, data, trainer)
   name = classifiers.attack_name(config.eval.validation_attack)
+  score = f"{name}_accuracy" if trainer.adversarial else "clean_accuracy"
 
   def validate(train_state):
     found = validation(train_state.ema_variables)
@@ -71,7 +72,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
       checkpoints,
       config.train.batch_size,
       validate=validate if len(data.validation) else None,
-      score=f"{name}_accuracy" if trainer.adversarial else "clean_accuracy",
+      score=score,
     )
     best, best_meta = checkpoints.restore_best(last) or (last, {"step": trainer.plan.num_steps})
 
@@ -89,7 +90,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     if parallel.is_main_process():
       export.save_export(workdir / name, section, exported, {"metrics": metrics})
   if parallel.is_main_process():
-    reports.classifier_report(config, workdir, data.test.class_names, verdicts, metrics)
+    chosen_by = score if len(data.validation) else ""
+    reports.classifier_report(config, workdir, data.test.class_names, verdicts, metrics, chosen_by)
   return metrics
 
 

@@ -64,8 +64,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 
 def build_model(config, source: sources.ImageSource) -> Model:
   """The model of the sections `model` and `diffusion` for the images of `source`."""
-  if config.diffusion.conditional and not source.labelled:
-    raise InputError("the images have no labels: train without them, diffusion.conditional=False")
+  if config.diffusion.conditional:
+    records.check_labelled(source, "train without them, diffusion.conditional=False")
   pipe = config_lib.build(AUGMENT_PIPES, config.augment_pipe)
   num_classes = source.num_classes if config.diffusion.conditional else 0
   return Model(

@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
-from jax_trustdiff.data import augment
+from jax_trustdiff.data import augment, records
 from jax_trustdiff.diffusion.denoisers import Preconditioning
 from jax_trustdiff.diffusion.guidance import NoisyClassifier, noisy_cross_entropy
 from jax_trustdiff.diffusion.losses import LOSSES, DenoisingLoss
@@ -31,6 +31,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   """
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.model, config.mesh.shard)
   data = noise_training.load_data(config)
+  records.check_labelled(data.train)
   network = noise_classifiers.build_network(config.model, data.train)
   preconditioning = denoisers.build_preconditioning(config.diffusion.preconditioning)
   density = config_lib.build(LOSSES, config.diffusion.loss)
