@@ -71,7 +71,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
       workdir,
       checkpoints,
       config.train.batch_size,
-      validate=validate if len(data.validation) else None,
+      validate=validate if trainer.plan.validate_every else None,
       score=score,
     )
     best, best_meta = checkpoints.restore_best(last) or (last, {"step": trainer.plan.num_steps})
@@ -90,7 +90,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     if parallel.is_main_process():
       export.save_export(workdir / name, section, exported, {"metrics": metrics})
   if parallel.is_main_process():
-    chosen_by = score if len(data.validation) else ""
+    chosen_by = score if trainer.plan.validate_every else ""
     reports.classifier_report(config, workdir, data.test.class_names, verdicts, metrics, chosen_by)
   return metrics
 
