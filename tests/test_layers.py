@@ -35,10 +35,10 @@ CASES = [  # image size, kernel, stride, padding
 ]
 
 
-def _setting(size, kernel, stride, padding, dtype=jnp.float32):
+def _setting(size, kernel, stride, padding, dtype=jnp.float32, channels=5):
   keys = jax.random.split(jax.random.key(0), 3)
-  x = jax.random.normal(keys[0], (2, *size, 3), dtype)
-  w = jax.random.normal(keys[1], (kernel, kernel, 3, 5), dtype)
+  x = jax.random.normal(keys[0], (2, *size, channels), dtype)
+  w = jax.random.normal(keys[1], (kernel, kernel, channels, 5), dtype)
 
   def loss(conv, x, w):
     y = conv(x, w, (stride, stride), padding, dimension_numbers=layers.NHWC)
@@ -54,12 +54,30 @@ def _both(function, *args):
 
 
 @pytest.mark.floor
+@pytest.mark.parametrize("channels", [3, 5])  # 3: an image, in windows
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_those_of_lax(case):
-  x, w, loss = _setting(*case)
-  found, expected = _both(jax.grad(loss, (1, 2)), x, w)
-  for a, b in zip(found, expected, strict=True):
+def test_value_and_gradients_are_those_of_lax(case, channels):
+  x, w, loss = _setting(*case, channels=channels)
+  found, expected = _both(jax.value_and_grad(loss, (1, 2)), x, w)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 10), (7, 6)])  # 4, 2 and 1 outputs in a window
+@pytest.mark.parametrize("stride", [1, 2])
+def test_windows_of_images_in_float64_are_exact(size, stride):
+  with jax.enable_x64(True):
+    x, w, _ = _setting(size, 3, stride, ((1, 1), (1, 1)), jnp.float64, channels=1)
+
+    def values(conv, x, w):
+      y, back = jax.vjp(
+        lambda x, w: conv(x, w, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=layers.NHWC), x, w
+      )
+      return y, *back(jnp.sin(y))
+
+    for a, b in zip(*_both(values, x, w), strict=True):
+      assert a.dtype == jnp.float64
+      np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_bfloat16_gradients_keep_the_type_and_the_value():

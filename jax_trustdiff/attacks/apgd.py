@@ -201,15 +201,17 @@ class APGD(AttackOfRuns):
     )
     every = max(int(0.04 * num_steps), 1)
 
-    def step(i, trace):
-      moved = self._move(trace, x, radius, jnp.where(i == 0, 1.0, MOMENTUM))
+    def step(i, state):  # the next point is part of the state, so that XLA:CPU computes it once and apart
+      trace, moved = state
       found = evaluate(moved, offset + 1 + i)
       trace = _after(trace, moved, found, offset + 2 + i)
       if self.norm == "l1":
-        return _choose(_check_l1(trace, x, radius), trace, (i + 1) % every == 0)
-      return _choose(_check(trace, windows[i]), trace, windows[i] > 0)
+        trace = _choose(_check_l1(trace, x, radius), trace, (i + 1) % every == 0)
+      else:
+        trace = _choose(_check(trace, windows[i]), trace, windows[i] > 0)
+      return trace, self._move(trace, x, radius, MOMENTUM)
 
-    return jax.lax.fori_loop(0, num_steps, step, trace)
+    return jax.lax.fori_loop(0, num_steps, step, (trace, self._move(trace, x, radius, 1.0)))[0]
 
   def _move(self, trace: Trace, x: Unit, radius, weight) -> Unit:
     """The next point: a step along the gradient, and (not in L1) part of the last one again."""

@@ -84,9 +84,11 @@ class FAB(AttackOfRuns):
       target = rank_target(logits_fn(x), y, index // self.restarts + 1)
     start = jnp.where(index % self.restarts == 0, x, self._random_start(x, key))
 
-    def step(i, state):
-      current, best = state
-      value, slope = _boundary(logits_fn, current, y, target, DUAL[self.norm])
+    def boundary(current):
+      return _boundary(logits_fn, current, y, target, DUAL[self.norm])
+
+    def step(i, state):  # the boundary is part of the state, so that XLA:CPU computes it once and apart
+      current, (value, slope), best = state
       moved = self._step(x, current, value, slope)
       broken = logits_fn(moved).argmax(axis=1) != y
       distance = norms.lengths(moved - x, self.norm)
@@ -98,11 +100,12 @@ class FAB(AttackOfRuns):
         when=jnp.where(within, 2 * (i + 1), best.when),
         flat=best.flat + (slope == 0).all((1, 2, 3)),
       )
-      return jnp.where(per_image(broken), x + BACKWARD * (moved - x), moved), best
+      current = jnp.where(per_image(broken), x + BACKWARD * (moved - x), moved)
+      return current, boundary(current), best
 
     none = jnp.full(x.shape[:1], NEVER, jnp.int32)
     begin = Minimum(x, jnp.full(x.shape[:1], UNBROKEN, x.dtype), none, jnp.zeros_like(none))
-    best = jax.lax.fori_loop(0, self.num_steps, step, (start, begin))[1]
+    best = jax.lax.fori_loop(0, self.num_steps, step, (start, boundary(start), begin))[2]
     return self._search(logits_fn, x, y, best) if self.final_steps else best
 
   def _search(self, logits_fn: LogitsFn, x: Unit, y: Labels, best: Minimum) -> Minimum:

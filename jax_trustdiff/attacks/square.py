@@ -111,25 +111,28 @@ class Square(AttackOfRuns):
     sizes = jnp.asarray(self.window_sizes(*x.shape[1:3]))
     propose = self._propose_linf if self.norm == "linf" else self._propose_with_patterns(x.shape[1:3])
 
-    def step(state):
-      number, search = state
-      active = search.margin > 0
-      proposed = propose(x, search.x, draw(number, active), number, sizes[number])
+    def proposal(number, search):
+      return propose(x, search.x, draw(number, search.margin > 0), number, sizes[number])
+
+    def step(state):  # the proposal is part of the state, so that XLA:CPU computes it once and apart
+      number, search, proposed = state
       margin = -margin_unclipped(logits_fn(proposed), y)
-      better = margin < search.loss
+      active, better = search.margin > 0, margin < search.loss
       taken = active & (better | (margin <= 0))
-      return number + 1, Search(
+      search = Search(
         x=jnp.where(per_image(taken), proposed, search.x),
         loss=jnp.where(active & better, margin, search.loss),
         margin=jnp.where(taken, margin, search.margin),
         queries=search.queries + active,
       )
+      return number + 1, search, proposal(number + 1, search)
 
     def going(state):
-      number, search = state
+      number, search, _ = state
       return (number < self.num_steps) & (search.margin > 0).any()
 
-    return jax.lax.while_loop(going, step, (jnp.zeros((), jnp.int32), begin))[1]
+    first = jnp.zeros((), jnp.int32)
+    return jax.lax.while_loop(going, step, (first, begin, proposal(first, begin)))[1]
 
   def window_sizes(self, height: int, width: int) -> np.ndarray:
     """int32 [num_steps]: the side of the window at every step; odd where the pattern needs a middle."""

@@ -8,7 +8,7 @@ and samplers are such loops. Here the gradients are spelled out in operations th
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +23,7 @@ from jax_trustdiff.types import InputError
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 Pads = tuple[tuple[int, int], tuple[int, int]]
+WINDOW = 4  # outputs of a window; twice and half as many take longer
 
 
 def conv_general_dilated(
@@ -88,6 +89,11 @@ def _conv(strides: tuple[int, int], pads: Pads, precision: Any, x: jax.Array, ke
     groups = _groups(2**21, x)
     y = lax.map(lambda x: winograd.convolve(x, kernel, pads, precision), _grouped(x, groups))
     return y.reshape(x.shape[0], *y.shape[2:])
+  if _windows_pay(x.shape, kernel):
+    sizes = _output_sizes(strides, pads, x.shape, kernel)
+    windows, matrix = _in_windows(strides, pads, sizes, kernel)
+    y = lax.dot_general(windows(x), matrix, (((3,), (0,)), ((), ())), precision=precision)
+    return y.reshape(x.shape[0], *sizes, kernel.shape[3])
   return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=NHWC, precision=precision)
 
 
@@ -132,6 +138,36 @@ def _as_matrix(strides, pads, shape, kernel) -> Float[Array, "hwc mnk"]:
   return matrix.reshape(h * w * channels[0], m * n * channels[1])
 
 
+def _windows_pay(shape: Sequence[int], kernel: jax.Array) -> bool:
+  """Whether a convolution of images of `shape` [b h w c] is fastest as a product of windows, each for several outputs of a row.
+
+  So it is with up to 4 channels in, for which XLA:CPU gathers values one by one: the first layer of a network takes 0.25 to 0.5
+  of the time, and the gradient with respect to its images 0.3 to 0.7.
+  """
+  return shape[3] <= 4 and kernel.shape[:2] != (1, 1) and kernel.dtype in (jnp.float32, jnp.float64)
+
+
+def _in_windows(strides, pads, sizes, kernel) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+  """(windows, matrix): windows(x) @ matrix holds, for outputs of `sizes`, up to 4 neighbours of a row with all their channels.
+
+  windows: [b h w c] -> [b rows windows values], linear. matrix: [values outputs].
+  """
+  (height, width, channels, _), (down, along) = kernel.shape, strides
+  count = math.gcd(sizes[1], WINDOW)
+  reach = (count - 1) * along + width
+
+  def windows(x):
+    padding = ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0))
+    x = lax.pad(x, jnp.zeros((), x.dtype), padding)
+    rows = x.reshape(*x.shape[:2], -1)
+    starts = range(0, sizes[1] * along * channels, count * along * channels)
+    columns = jnp.stack([rows[:, :, start : start + reach * channels] for start in starts], 2)
+    last = (sizes[0] - 1) * down + 1
+    return jnp.concatenate([columns[:, tap : tap + last : down] for tap in range(height)], -1)
+
+  return windows, _as_matrix(strides, ((0, 0), (0, 0)), (1, height, reach, channels), kernel)
+
+
 def _output_sizes(strides, pads, shape, kernel) -> tuple[int, int]:
   sizes = zip(shape[1:3], kernel.shape, strides, pads, strict=False)
   return tuple((n + low + high - size) // stride + 1 for n, size, stride, (low, high) in sizes)
@@ -156,6 +192,11 @@ def _input_gradient(strides, pads, precision, shape, kernel, dy) -> jax.Array:
     matrix = _as_matrix(strides, pads, shape, kernel)
     dx = lax.dot_general(dy.reshape(dy.shape[0], -1), matrix, (((1,), (1,)), ((), ())), precision=precision)
     return dx.reshape(shape)
+  if _windows_pay(shape, kernel):
+    windows, matrix = _in_windows(strides, pads, dy.shape[1:3], kernel)
+    back = jax.linear_transpose(windows, jax.ShapeDtypeStruct(shape, dy.dtype))
+    dy = dy.reshape(*dy.shape[:2], -1, matrix.shape[1])
+    return back(lax.dot_general(dy, matrix, (((3,), (1,)), ((), ())), precision=precision))[0]
   padding = []
   for n, k, stride, (low, _), m in zip(shape[1:3], kernel.shape, strides, pads, dy.shape[1:3], strict=False):
     dilated = (m - 1) * stride + 1
