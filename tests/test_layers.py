@@ -63,7 +63,7 @@ def test_value_and_gradients_are_those_of_lax(case, channels):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("size", [(8, 8), (6, 10), (7, 6)])  # 4, 2 and 1 outputs in a window
+@pytest.mark.parametrize("size", [(8, 8), (6, 10), (7, 5)])  # rows that windows of 4 outputs fill, and others
 @pytest.mark.parametrize("stride", [1, 2])
 def test_windows_of_images_in_float64_are_exact(size, stride):
   with jax.enable_x64(True):
@@ -90,9 +90,34 @@ def test_bfloat16_gradients_keep_the_type_and_the_value():
     np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.03 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.parametrize("shape, kernel, stride, padding", [
+  ((2, 8, 9, 3), (1, 3, 3, 4), (1, 3), "SAME"),
+  ((2, 9, 8, 1), (5, 1, 1, 4), (2, 1), "VALID"),
+  ((2, 6, 6, 3), (2, 2, 3, 4), (3, 3), "VALID"),
+  ((2, 5, 5, 3), (7, 7, 3, 4), (1, 1), "SAME"),
+  ((0, 8, 8, 3), (3, 3, 3, 4), (1, 1), "SAME"),
+  ((2, 2, 8, 3), (3, 3, 3, 4), (1, 1), "VALID"),  # no output
+])  # fmt: skip
+def test_the_value_of_odd_convolutions_of_images_is_that_of_lax(shape, kernel, stride, padding):
+  x, w = jax.random.normal(jax.random.key(0), shape), jax.random.normal(jax.random.key(1), kernel)
+  found, expected = _both(lambda conv, x, w: conv(x, w, stride, padding, dimension_numbers=layers.NHWC), x, w)
+  assert found.shape == expected.shape
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  "shape, dtype, error", [((2, 8, 8, 3), jnp.float32, ValueError), ((2, 8, 8, 1), jnp.bfloat16, TypeError)]
+)
+def test_what_does_not_fit_is_refused_by_lax(shape, dtype, error):
+  w = jnp.ones((3, 3, 1, 4))
+  with pytest.raises(error):
+    layers.conv_general_dilated(jnp.ones(shape, dtype), w, (1, 1), "SAME", dimension_numbers=layers.NHWC)
+
+
 @pytest.mark.floor
-def test_gradients_under_vmap_scan_remat_and_twice():
-  x, w, loss = _setting((6, 6), 3, 2, "SAME")
+@pytest.mark.parametrize("channels", [3, 5])
+def test_gradients_under_vmap_scan_remat_and_twice(channels):
+  x, w, loss = _setting((6, 6), 3, 2, "SAME", channels=channels)
   grad = jax.grad(loss, 1)
 
   def second(conv, x, w):  # a gradient of a gradient, with rematerialisation, inside a scan
@@ -121,7 +146,8 @@ def test_grouped_and_dilated_convolutions_are_left_to_lax():
 
 
 @pytest.mark.floor
-def test_no_gradient_in_a_loop_is_left_to_a_slow_convolution():
+@pytest.mark.parametrize("channels, least", [(3, 0), (5, 2)])
+def test_no_gradient_in_a_loop_is_left_to_a_slow_convolution(channels, least):
   """The compiled loop holds only convolutions that XLA:CPU is fast at: NHWC, HWIO order, kernel not reversed.
 
   The gradients that lax derives have other dimension labels, or a reversed kernel; those fall to the naive loop.
@@ -140,9 +166,9 @@ def test_no_gradient_in_a_loop_is_left_to_a_slow_convolution():
     window, labels = convolution
     return labels == "b01f_01io->b01f" and "reversal" not in window
 
-  x, w, loss = _setting((8, 8), 3, 1, "SAME")
+  x, w, loss = _setting((8, 8), 3, 1, "SAME", channels=channels)
   ours, derived = convolutions(layers.conv_general_dilated), convolutions(lax.conv_general_dilated)
-  assert len(ours) >= 2 and all(map(is_fast, ours))
+  assert len(ours) >= least and all(map(is_fast, ours))
   assert not all(map(is_fast, derived))
 
 

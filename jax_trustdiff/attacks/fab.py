@@ -101,7 +101,8 @@ class FAB(AttackOfRuns):
         flat=best.flat + (slope == 0).all((1, 2, 3)),
       )
       current = jnp.where(per_image(broken), x + BACKWARD * (moved - x), moved)
-      return current, boundary(current), best
+      following = jax.lax.cond(i + 1 < self.num_steps, boundary, lambda _: (value, slope), current)
+      return current, following, best
 
     none = jnp.full(x.shape[:1], NEVER, jnp.int32)
     begin = Minimum(x, jnp.full(x.shape[:1], UNBROKEN, x.dtype), none, jnp.zeros_like(none))

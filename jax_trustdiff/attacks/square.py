@@ -47,7 +47,10 @@ class Draws(NamedTuple):
 @runtime_checkable
 class DrawFn(Protocol):
   def __call__(self, number: Int[Array, ""], active: Bool[Array, "b"]) -> Draws:
-    """The draws of this number. active: images that are still searched, the others need none."""
+    """The draws of this number. active: images that are still searched, the others need none.
+
+    It is also asked for those after the last step, which are not used.
+    """
 
   def stripes(self) -> Float[Array, "b w c"]:
     """Signs of the columns at the start in 'linf'."""

@@ -3,7 +3,8 @@
 `conv_general_dilated` replaces `lax.conv_general_dilated` in every convolution of the library.
 XLA:CPU sends the gradients of a convolution that sits inside a `while` body (`fori_loop`, `scan`, a
 diffrax solve) to a naive loop that is tens of times slower than the same gradient outside. Attacks
-and samplers are such loops. Here the gradients are spelled out in operations that stay fast there.
+and samplers are such loops. Here the gradients are spelled out in operations that stay fast there,
+and so is the convolution itself where that is faster: on few pixels, with few or with many channels.
 """
 
 import functools
@@ -23,7 +24,7 @@ from jax_trustdiff.types import InputError
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 Pads = tuple[tuple[int, int], tuple[int, int]]
-WINDOW = 4  # outputs of a window; twice and half as many take longer
+WINDOW = 4  # outputs of a window; with 8 or 16 channels out twice and half as many took longer
 
 
 def conv_general_dilated(
@@ -42,7 +43,7 @@ def conv_general_dilated(
   """The convolution of `lax.conv_general_dilated`, with gradients that stay fast in loops on the CPU.
 
   Same arguments and, up to rounding, the same value. Two-dimensional NHWC / HWIO convolutions without dilation and
-  groups get the gradients of this module when the program is traced for the CPU; all others, and
+  groups, of one type, are those of this module when the program is traced for the CPU; all others, and
   all on an accelerator, are `lax.conv_general_dilated` itself. On the CPU the special ones allow
   reverse-mode derivatives of any order, but not `jax.jvp` (a limit of `jax.custom_vjp`).
   """
@@ -53,6 +54,8 @@ def conv_general_dilated(
     and feature_group_count == batch_group_count == 1
     and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
     and preferred_element_type is None
+    and lhs.shape[3] == rhs.shape[2]
+    and lhs.dtype == rhs.dtype
   )
   if not (plain and _traced_for_cpu()):
     return lax.conv_general_dilated(
@@ -89,11 +92,12 @@ def _conv(strides: tuple[int, int], pads: Pads, precision: Any, x: jax.Array, ke
     groups = _groups(2**21, x)
     y = lax.map(lambda x: winograd.convolve(x, kernel, pads, precision), _grouped(x, groups))
     return y.reshape(x.shape[0], *y.shape[2:])
-  if _windows_pay(x.shape, kernel):
+  if _windows_pay(strides, pads, x.shape, kernel):
     sizes = _output_sizes(strides, pads, x.shape, kernel)
-    windows, matrix = _in_windows(strides, pads, sizes, kernel)
+    windows, matrix = _in_windows(strides, pads, x.shape, kernel)
     y = lax.dot_general(windows(x), matrix, (((3,), (0,)), ((), ())), precision=precision)
-    return y.reshape(x.shape[0], *sizes, kernel.shape[3])
+    y = y.reshape(x.shape[0], sizes[0], y.shape[2] * WINDOW, kernel.shape[3])
+    return lax.slice_in_dim(y, 0, sizes[1], axis=2)
   return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=NHWC, precision=precision)
 
 
@@ -138,32 +142,39 @@ def _as_matrix(strides, pads, shape, kernel) -> Float[Array, "hwc mnk"]:
   return matrix.reshape(h * w * channels[0], m * n * channels[1])
 
 
-def _windows_pay(shape: Sequence[int], kernel: jax.Array) -> bool:
-  """Whether a convolution of images of `shape` [b h w c] is fastest as a product of windows, each for several outputs of a row.
+def _windows_pay(strides, pads, shape: Sequence[int], kernel: jax.Array) -> bool:
+  """Whether a convolution of images of `shape` [b h w c] is fastest as a product of windows.
 
-  So it is with up to 4 channels in, for which XLA:CPU gathers values one by one: the first layer of a network takes 0.25 to 0.5
-  of the time, and the gradient with respect to its images 0.3 to 0.7.
+  So it is with up to 4 channels in, for which XLA:CPU gathers values one by one: 3x3 to 8 or 16 channels take 0.2 to 0.5 of the time,
+  and the gradient with respect to the images 0.3 to 0.6. A kernel of more than 5x5 has too many values in a window.
   """
-  return shape[3] <= 4 and kernel.shape[:2] != (1, 1) and kernel.dtype in (jnp.float32, jnp.float64)
+  few = shape[3] <= 4 and kernel.shape[:2] != (1, 1) and max(kernel.shape[:2]) <= 5
+  fits = kernel.dtype in (jnp.float32, jnp.float64)
+  sizes = _output_sizes(strides, pads, shape, kernel)
+  return few and fits and shape[0] != 0 and min(*shape[1:], *kernel.shape, *sizes) > 0
 
 
-def _in_windows(strides, pads, sizes, kernel) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
-  """(windows, matrix): windows(x) @ matrix holds, for outputs of `sizes`, up to 4 neighbours of a row with all their channels.
+def _in_windows(strides, pads, shape, kernel) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+  """(windows, matrix): each row of windows(x) @ matrix is WINDOW neighbouring outputs of the convolution with all their channels.
 
-  windows: [b h w c] -> [b rows windows values], linear. matrix: [values outputs].
+  windows: [b h w c] -> [b rows windows values], linear; the last window of a row may reach beyond the last output.
+  matrix: [values outputs].
   """
-  (height, width, channels, _), (down, along) = kernel.shape, strides
-  count = math.gcd(sizes[1], WINDOW)
-  reach = (count - 1) * along + width
+  sizes, (down, along) = _output_sizes(strides, pads, shape, kernel), strides
+  height, width, channels, _ = kernel.shape
+  reach, block = (WINDOW - 1) * along + width, WINDOW * along  # pixels of a window, and from one to the next
+  count, parts = -(-sizes[1] // WINDOW), -(-reach // block)
+  total = (count + parts - 1) * block
 
   def windows(x):
-    padding = ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0))
+    (top, bottom), (left, _) = pads
+    padding = ((0, 0, 0), (top, bottom, 0), (left, total - left - x.shape[2], 0), (0, 0, 0))
     x = lax.pad(x, jnp.zeros((), x.dtype), padding)
-    rows = x.reshape(*x.shape[:2], -1)
-    starts = range(0, sizes[1] * along * channels, count * along * channels)
-    columns = jnp.stack([rows[:, :, start : start + reach * channels] for start in starts], 2)
+    blocks = x.reshape(*x.shape[:2], -1, block * channels)
+    rows = jnp.concatenate([blocks[:, :, part : part + count] for part in range(parts)], -1)
+    rows = rows[..., : reach * channels]
     last = (sizes[0] - 1) * down + 1
-    return jnp.concatenate([columns[:, tap : tap + last : down] for tap in range(height)], -1)
+    return jnp.concatenate([rows[:, tap : tap + last : down] for tap in range(height)], -1)
 
   return windows, _as_matrix(strides, ((0, 0), (0, 0)), (1, height, reach, channels), kernel)
 
@@ -192,10 +203,12 @@ def _input_gradient(strides, pads, precision, shape, kernel, dy) -> jax.Array:
     matrix = _as_matrix(strides, pads, shape, kernel)
     dx = lax.dot_general(dy.reshape(dy.shape[0], -1), matrix, (((1,), (1,)), ((), ())), precision=precision)
     return dx.reshape(shape)
-  if _windows_pay(shape, kernel):
-    windows, matrix = _in_windows(strides, pads, dy.shape[1:3], kernel)
+  if _windows_pay(strides, pads, shape, kernel):
+    windows, matrix = _in_windows(strides, pads, shape, kernel)
+    count = -(-dy.shape[2] // WINDOW)
+    dy = jnp.pad(dy, ((0, 0), (0, 0), (0, count * WINDOW - dy.shape[2]), (0, 0)))
+    dy = dy.reshape(*dy.shape[:2], count, matrix.shape[1])
     back = jax.linear_transpose(windows, jax.ShapeDtypeStruct(shape, dy.dtype))
-    dy = dy.reshape(*dy.shape[:2], -1, matrix.shape[1])
     return back(lax.dot_general(dy, matrix, (((3,), (1,)), ((), ())), precision=precision))[0]
   padding = []
   for n, k, stride, (low, _), m in zip(shape[1:3], kernel.shape, strides, pads, dy.shape[1:3], strict=False):
