@@ -134,6 +134,23 @@ class NoiseConditionalClassifier(Protocol):
     """x [b h w c], noise_labels [b] -> Logits [b k] in float32. Without a dropout_key in evaluation mode."""
 
 
+@runtime_checkable
+class WatermarkCodec(Protocol):
+  """Networks that write bits into images and read them back: pure functions of explicit variables."""
+
+  num_bits: int
+  image_shape: tuple[int, int, int]  # (h, w, c)
+
+  def init(self, key: jax.Array) -> Variables:
+    """Fresh variables {'params': {'encoder': ..., 'decoder': ...}}."""
+
+  def encode(self, variables: Variables, x: jax.Array, bits: jax.Array) -> jax.Array:
+    """Unit [b h w c] and bits 0 or 1 [b n] -> the marked images, Unit, in float32."""
+
+  def decode(self, variables: Variables, x: jax.Array) -> jax.Array:
+    """Unit [b h w c] -> logits [b n] in float32: positive for a 1."""
+
+
 def to_unit(x: jax.typing.ArrayLike) -> jax.Array:
   """`x` in [0, 1], float32 (float64 under jax_enable_x64), from uint8 (divided by 255) or from Signed floats in [-1, 1]."""
   x = jnp.asarray(x)

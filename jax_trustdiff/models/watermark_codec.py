@@ -1,0 +1,153 @@
+"""Networks that write a string of bits into an image and read it back.
+
+The codec of "A Recipe for Watermarking Diffusion Models" (Zhao et al. 2023, arXiv:2303.10137) is that of Yu et al. 2021,
+"Artificial Fingerprinting for Generative Models" (arXiv:2007.08457), a StegaStamp (Tancik et al. 2020, arXiv:1904.05343)
+without its distortions. `StampCodec` is that one.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jax_trustdiff.models import layers
+from jax_trustdiff.models.linen import DTYPES, check, check_choice
+from jax_trustdiff.types import Bits, Logits, Unit, Variables
+
+SECRET = 16  # side of the map that the bits become
+DOWN = ((32, 1), (32, 2), (64, 2), (128, 2), (256, 2))  # (features, stride) of the encoder's way down
+UP = (128, 64, 32, 32)
+READ = ((32, 2), (32, 1), (64, 2), (64, 1), (64, 2), (128, 2), (128, 2))  # of the decoder
+HIDDEN = 512
+
+
+def _near_zero(fan_in: int) -> nn.initializers.Initializer:
+  """Uniform in +-1 / sqrt(fan_in), torch's default for kernels and biases, drawn as a vector, which compiles faster."""
+  bound = 1 / math.sqrt(fan_in)
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound).reshape(shape)
+
+  return init
+
+
+def conv(x: jax.Array, features: int, size: int, name: str, stride: int = 1, pad: Any = None) -> jax.Array:
+  """size x size convolution with bias, initialised as in torch; pad: of both axes, (low, high), half the size if None."""
+  fan_in = size * size * x.shape[-1]
+  pad = (size // 2, size // 2) if pad is None else pad
+  module = nn.Conv(
+    features,
+    (size, size),
+    strides=(stride, stride),
+    padding=(pad, pad),
+    dtype=x.dtype,
+    kernel_init=_near_zero(fan_in),
+    bias_init=_near_zero(fan_in),
+    conv_general_dilated=layers.conv_general_dilated,
+    name=name,
+  )
+  return module(x)
+
+
+def linear(x: jax.Array, features: int, name: str) -> jax.Array:
+  """A linear layer, initialised as in torch."""
+  init = _near_zero(x.shape[-1])
+  return nn.Dense(features, dtype=x.dtype, kernel_init=init, bias_init=init, name=name)(x)
+
+
+def enlarge(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b h2 w2 c"]:
+  """Every pixel `factor` times along both axes."""
+  return jnp.repeat(jnp.repeat(x, factor, axis=1), factor, axis=2)
+
+
+class StampEncoder(nn.Module):
+  """A U-Net of the image and the enlarged bits, whose output is the whole marked image."""
+
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Unit, bits: Bits) -> Unit:
+    b, h, _, c = x.shape
+    secret = nn.relu(linear(bits.astype(self.dtype), SECRET * SECRET * c, "secret"))
+    secret = enlarge(secret.reshape(b, SECRET, SECRET, c), h // SECRET)
+    inputs = jnp.concatenate([secret, x.astype(self.dtype)], axis=-1)
+    skips, y = [], inputs
+    for i, (features, stride) in enumerate(DOWN):
+      y = nn.relu(conv(y, features, 3, f"down{i}", stride))
+      skips.append(y)
+    skips.pop()
+    for i, features in enumerate(UP):
+      y = nn.relu(conv(enlarge(y, 2), features, 2, f"up{i}", pad=(0, 1)))
+      y = jnp.concatenate([skips.pop(), y] + ([] if skips else [inputs]), axis=-1)
+      y = nn.relu(conv(y, features, 3, f"merge{i}"))
+    y = nn.relu(conv(y, 32, 3, "last"))
+    return nn.sigmoid(conv(y, c, 1, "image").astype(layers.wide(self.dtype)))
+
+
+class StampDecoder(nn.Module):
+  """Seven convolutions and two linear layers: logits of the bits."""
+
+  num_bits: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Unit) -> Logits:
+    y = x.astype(self.dtype)
+    for i, (features, stride) in enumerate(READ):
+      y = nn.relu(conv(y, features, 3, f"conv{i}", stride))
+    y = nn.relu(linear(y.reshape(y.shape[0], -1), HIDDEN, "hidden"))
+    return linear(y.astype(layers.wide(self.dtype)), self.num_bits, "logits")
+
+
+@dataclasses.dataclass(frozen=True)
+class StampCodec:
+  """The codec of Yu et al. 2021 and Zhao et al. 2023. `types.WatermarkCodec`; hashable, equal when the fields are.
+
+  The encoder makes the whole image anew (a sigmoid, not the image plus a residual), from the bits as 0 and 1. No normalisation
+  layers; images of any size that 32 divides. num_bits: of a string. image_shape: (side, side, channels).
+  dtype: 'float32' or 'bfloat16', in which layers compute; images, logits and parameters are float32. 'float64', for
+  tests, needs jax_enable_x64.
+  """
+
+  num_bits: int = 64
+  image_shape: tuple[int, int, int] = (32, 32, 3)
+  dtype: str = "float32"
+
+  def __post_init__(self):
+    object.__setattr__(self, "image_shape", tuple(self.image_shape))
+    check(self.num_bits >= 1, f"stamp codec: num_bits must be at least 1, got {self.num_bits}")
+    height, width, _ = self.image_shape
+    check(
+      height == width and height % 32 == 0 and height > 0,
+      f"stamp codec: images must be squares whose side 32 divides, got {height}x{width}",
+    )
+    check_choice("stamp codec: dtype", self.dtype, DTYPES)
+
+  @property
+  def _modules(self) -> tuple[StampEncoder, StampDecoder]:
+    dtype = DTYPES[self.dtype]
+    return StampEncoder(dtype), StampDecoder(self.num_bits, dtype)
+
+  def init(self, key: Key[Array, ""]) -> Variables:
+    """Fresh variables {'params': {'encoder': ..., 'decoder': ...}}, float32."""
+    encoder, decoder = self._modules
+    first, second = jax.random.split(key)
+    x, bits = jnp.zeros((1, *self.image_shape)), jnp.zeros((1, self.num_bits), jnp.int32)
+    return {
+      "params": {
+        "encoder": encoder.init(first, x, bits)["params"],
+        "decoder": decoder.init(second, x)["params"],
+      }
+    }
+
+  def encode(self, variables: Variables, x: Unit, bits: Bits) -> Unit:
+    """The images with these bits in them, 0 or 1, [b n]."""
+    return self._modules[0].apply({"params": variables["params"]["encoder"]}, x, bits)
+
+  def decode(self, variables: Variables, x: Unit) -> Logits:
+    """Logits [b n] of the bits: positive for 1."""
+    return self._modules[1].apply({"params": variables["params"]["decoder"]}, x)
