@@ -1,4 +1,4 @@
-"""The stamp codec against values of the original, its sizes, and its state_dicts."""
+"""Codecs: the stamp codec against values of the original, sizes, state_dicts, images of other sizes, the loss of training."""
 
 import json
 
@@ -11,8 +11,9 @@ from conftest import shared_dir
 
 from jax_trustdiff.interop import stamp_names
 from jax_trustdiff.models.registry import num_params
-from jax_trustdiff.models.watermark_codec import StampCodec
+from jax_trustdiff.models.watermark_codec import ResidualCodec, StampCodec
 from jax_trustdiff.types import InputError, WatermarkCodec, to_unit
+from jax_trustdiff.watermark.codec import NOT_YET, CodecLoss, ImageGate, bit_accuracy, psnr
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +111,92 @@ def test_state_dicts_that_do_not_fit(reference, change, message):
 
 
 @pytest.mark.parametrize(
-  "fields, message",
+  "kind, fields, message",
   [
-    (dict(num_bits=0), "num_bits must be at least 1"),
-    (dict(image_shape=(48, 48, 3)), "whose side 32 divides"),
-    (dict(dtype="float16"), "must be one of"),
+    (StampCodec, dict(num_bits=0), "num_bits must be at least 1"),
+    (StampCodec, dict(image_shape=(48, 48, 3)), "whose side 32 divides"),
+    (StampCodec, dict(dtype="float16"), "must be one of"),
+    (ResidualCodec, dict(image_shape=(31, 32, 3)), "even sides, got 31x32"),
+    (ResidualCodec, dict(strength=0.0), "strength must lie in"),
+    (ResidualCodec, dict(width=0), "width must be at least 1"),
   ],
 )
-def test_fields_that_do_not_fit(fields, message):
+def test_fields_that_do_not_fit(kind, fields, message):
   with pytest.raises(InputError, match=message):
-    StampCodec(**fields)
+    kind(**fields)
+
+
+def test_the_residual_codec_marks_and_reads_images_of_any_size():
+  codec = ResidualCodec(12, (32, 32, 3), width=16, strength=0.1)
+  assert isinstance(codec, WatermarkCodec)
+  variables = codec.init(jax.random.key(0))
+  bits = jax.random.bernoulli(jax.random.key(1), 0.5, (2, 12)).astype(jnp.int32)
+  for shape in ((32, 32, 3), (24, 64, 3)):
+    x = jax.random.uniform(jax.random.key(2), (2, *shape))
+    marked = codec.encode(variables, x, bits)
+    assert marked.shape == x.shape and 0 <= float(marked.min()) and float(marked.max()) <= 1
+    assert 0 < float(jnp.abs(marked - x).max()) <= 0.1 + 1e-6
+    assert float(jnp.abs(codec.encode(variables, x, 1 - bits) - marked).max()) > 1e-5
+    assert codec.decode(variables, marked[:, 1:, 3:]).shape == (2, 12)
+
+
+@pytest.mark.parametrize("counter, weight", [(-1, 0), (0, 0), (1000, 0), (2500, 5), (4000, 10), (9999, 10)])
+def test_the_image_counts_as_in_the_original(counter, weight):
+  np.testing.assert_allclose(ImageGate().weight(jnp.array(counter)), weight, atol=1e-6)
+
+
+def test_the_gate_opens_once():
+  """At the first batch above 0.9; 0.9 itself is not enough, and afterwards nothing shuts it."""
+  gate, counter, seen = ImageGate(), jnp.array(NOT_YET), []
+  for accuracy in (0.5, 0.9, 0.91, 0.2, 0.95):
+    counter = gate.advance(counter, jnp.array(accuracy))
+    seen.append(int(counter))
+  assert seen == [-1, -1, 0, 1, 2]
+
+
+class Written:
+  """A codec that adds `level` to the red of an image whose first bit is 1, and reads it there."""
+
+  num_bits, image_shape, level = 1, (4, 4, 3), 0.1
+
+  def init(self, key):
+    return {"params": {}}
+
+  def encode(self, variables, x, bits):
+    return x.at[..., 0].add(self.level * bits[:, :, None])
+
+  def decode(self, variables, x):
+    return (x[..., 0].mean((1, 2)) - 0.25)[:, None] * 100
+
+
+def test_the_loss_is_that_of_the_bits_and_of_the_image():
+  x = jnp.full((64, 4, 4, 3), 0.2)
+  loss = CodecLoss(Written())
+  value, (counter, metrics) = loss({"params": {}}, x, jax.random.key(0), jnp.array(2500))
+  ones = (10 ** (-float(metrics["psnr"]) / 10)) * 3 / 0.01  # the part of the images with a 1
+  assert 0.2 < ones < 0.8
+  error = ones * 0.01 / 3
+  np.testing.assert_allclose(metrics["bce"], np.log1p(np.exp(-5.0)), rtol=1e-4)
+  np.testing.assert_allclose(value, metrics["bce"] + 5 * error, rtol=1e-4)
+  assert float(metrics["bit_accuracy"]) == 1 and int(counter) == 2501
+  first = loss({"params": {}}, x, jax.random.key(0), jnp.array(NOT_YET))
+  np.testing.assert_allclose(first[0], first[1][1]["bce"])
+  assert int(first[1][0]) == 0
+
+
+def test_the_decoder_sees_what_was_distorted():
+  x = jnp.full((64, 4, 4, 3), 0.2)
+  loss = CodecLoss(Written(), distort=lambda key, x: 0.5 - x)  # dark becomes light: every bit is read wrong
+  _, (_, metrics) = loss({"params": {}}, x, jax.random.key(0), jnp.array(0))
+  assert float(metrics["bit_accuracy"]) == 0 and float(metrics["psnr"]) > 20
+  dim = Written()
+  dim.level = 0.001  # less than half a byte: lost on disk, were 0.25 not so near
+  x = jnp.full((64, 4, 4, 3), 0.2498)
+  for quantised, wanted in ((False, True), (True, False)):
+    _, (_, metrics) = CodecLoss(dim, quantised=quantised)({"params": {}}, x, jax.random.key(0), jnp.array(0))
+    assert (float(metrics["bit_accuracy"]) == 1) == wanted
+
+
+def test_accuracy_and_decibels():
+  assert float(bit_accuracy(jnp.array([[1.0, -2.0, 0.0, 3.0]]), jnp.array([[1, 0, 0, 0]]))) == 0.75
+  np.testing.assert_allclose(psnr(jnp.array([1e-3, 0.0])), [30, 100], rtol=1e-6)

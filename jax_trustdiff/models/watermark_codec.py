@@ -2,9 +2,11 @@
 
 The codec of "A Recipe for Watermarking Diffusion Models" (Zhao et al. 2023, arXiv:2303.10137) is that of Yu et al. 2021,
 "Artificial Fingerprinting for Generative Models" (arXiv:2007.08457), a StegaStamp (Tancik et al. 2020, arXiv:1904.05343)
-without its distortions. `StampCodec` is that one.
+without its distortions. `StampCodec` is that one. `ResidualCodec` adds a small residual to the image and reads images of any
+size, as HiDDeN does (Zhu et al. 2018, arXiv:1807.09937).
 """
 
+import abc
 import dataclasses
 import math
 from typing import Any
@@ -104,13 +106,11 @@ class StampDecoder(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class StampCodec:
-  """The codec of Yu et al. 2021 and Zhao et al. 2023. `types.WatermarkCodec`; hashable, equal when the fields are.
+class LinenCodec(abc.ABC):
+  """A `types.WatermarkCodec` of two Linen modules; hashable, equal when the fields are.
 
-  The encoder makes the whole image anew (a sigmoid, not the image plus a residual), from the bits as 0 and 1. No normalisation
-  layers; images of any size that 32 divides. num_bits: of a string. image_shape: (side, side, channels).
-  dtype: 'float32' or 'bfloat16', in which layers compute; images, logits and parameters are float32. 'float64', for
-  tests, needs jax_enable_x64.
+  num_bits: of a string. image_shape: (h, w, c). dtype: 'float32' or 'bfloat16', in which layers compute; images, logits and
+  parameters are float32. 'float64', for tests, needs jax_enable_x64.
   """
 
   num_bits: int = 64
@@ -119,35 +119,131 @@ class StampCodec:
 
   def __post_init__(self):
     object.__setattr__(self, "image_shape", tuple(self.image_shape))
-    check(self.num_bits >= 1, f"stamp codec: num_bits must be at least 1, got {self.num_bits}")
-    height, width, _ = self.image_shape
+    kind = type(self).__name__
+    check(self.num_bits >= 1, f"{kind}: num_bits must be at least 1, got {self.num_bits}")
     check(
-      height == width and height % 32 == 0 and height > 0,
-      f"stamp codec: images must be squares whose side 32 divides, got {height}x{width}",
+      len(self.image_shape) == 3 and min(self.image_shape) >= 1,
+      f"{kind}: image_shape must be (height, width, channels), got {self.image_shape}",
     )
-    check_choice("stamp codec: dtype", self.dtype, DTYPES)
+    check_choice(f"{kind}: dtype", self.dtype, DTYPES)
 
   @property
-  def _modules(self) -> tuple[StampEncoder, StampDecoder]:
-    dtype = DTYPES[self.dtype]
-    return StampEncoder(dtype), StampDecoder(self.num_bits, dtype)
+  @abc.abstractmethod
+  def modules(self) -> tuple[nn.Module, nn.Module]:
+    """(encoder, decoder); stay inside models/."""
 
   def init(self, key: Key[Array, ""]) -> Variables:
     """Fresh variables {'params': {'encoder': ..., 'decoder': ...}}, float32."""
-    encoder, decoder = self._modules
+    encoder, decoder = self.modules
     first, second = jax.random.split(key)
     x, bits = jnp.zeros((1, *self.image_shape)), jnp.zeros((1, self.num_bits), jnp.int32)
-    return {
-      "params": {
-        "encoder": encoder.init(first, x, bits)["params"],
-        "decoder": decoder.init(second, x)["params"],
-      }
-    }
+    parts = {"encoder": encoder.init(first, x, bits), "decoder": decoder.init(second, x)}
+    return {"params": {name: part["params"] for name, part in parts.items()}}
 
   def encode(self, variables: Variables, x: Unit, bits: Bits) -> Unit:
     """The images with these bits in them, 0 or 1, [b n]."""
-    return self._modules[0].apply({"params": variables["params"]["encoder"]}, x, bits)
+    return self.modules[0].apply({"params": variables["params"]["encoder"]}, x, bits)
 
   def decode(self, variables: Variables, x: Unit) -> Logits:
     """Logits [b n] of the bits: positive for 1."""
-    return self._modules[1].apply({"params": variables["params"]["decoder"]}, x)
+    return self.modules[1].apply({"params": variables["params"]["decoder"]}, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class StampCodec(LinenCodec):
+  """The codec of Yu et al. 2021 and Zhao et al. 2023.
+
+  The encoder makes the whole image anew (a sigmoid, not the image plus a residual), from the bits as 0 and 1. No normalisation
+  layers. Square images whose side 32 divides; the decoder reads those of image_shape alone.
+  """
+
+  def __post_init__(self):
+    super().__post_init__()
+    height, width, _ = self.image_shape
+    check(
+      height == width and height % 32 == 0,
+      f"StampCodec: images must be squares whose side 32 divides, got {height}x{width}",
+    )
+
+  @property
+  def modules(self) -> tuple[nn.Module, nn.Module]:
+    dtype = DTYPES[self.dtype]
+    return StampEncoder(dtype), StampDecoder(self.num_bits, dtype)
+
+
+class ResidualEncoder(nn.Module):
+  """A residual of the image, made of its 2x2 squares and of the bits, which are the same everywhere."""
+
+  width: int
+  num_blocks: int
+  strength: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Unit, bits: Bits) -> Unit:
+    b, h, w, c = x.shape
+    inputs = squares(x - 0.5).astype(self.dtype)
+    secret = linear((2 * bits - 1).astype(self.dtype), self.width, "secret")[:, None, None]
+    y = conv(inputs, self.width, 3, "first")
+    for i in range(self.num_blocks):
+      shift = linear(nn.relu(secret), self.width, f"shift{i}")
+      y = y + conv(nn.relu(y + shift), self.width, 3, f"block{i}")
+    y = jnp.concatenate([nn.relu(y + secret), inputs], -1)
+    residual = conv(y, 4 * c, 3, "residual").astype(layers.wide(self.dtype))
+    residual = residual.reshape(b, h // 2, w // 2, 2, 2, c).swapaxes(2, 3).reshape(x.shape)
+    return jnp.clip(x + self.strength * jnp.tanh(residual), 0, 1)
+
+
+class ResidualDecoder(nn.Module):
+  """Convolutions at half and at a quarter of the size, a mean over all positions, two linear layers: logits of the bits."""
+
+  num_bits: int
+  width: int
+  num_blocks: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Unit) -> Logits:
+    y = nn.relu(conv(squares(x - 0.5).astype(self.dtype), self.width, 3, "first"))
+    for i in range(self.num_blocks):
+      y = y + nn.relu(conv(y, self.width, 3, f"block{i}"))
+    y = nn.relu(conv(y, 2 * self.width, 3, "down", 2))
+    y = nn.relu(conv(y, 2 * self.width, 3, "wide"))
+    y = y.astype(layers.wide(self.dtype)).mean((1, 2))
+    y = nn.relu(linear(y, 4 * self.width, "hidden"))
+    return linear(y, self.num_bits, "logits")
+
+
+def squares(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c4"]:
+  """Every square of 2x2 positions as the channels of one; a last row or column that is over is left out."""
+  b, h, w, c = x.shape
+  x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).swapaxes(2, 3)
+  return x.reshape(b, h // 2, w // 2, 4 * c)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualCodec(LinenCodec):
+  """The image plus a residual of at most `strength`; the bits as -1 and 1; a mean over positions before they are read.
+
+  Bits are the same at every position, so what is left of an image after a crop, a shift or a change of size still has all of
+  them, and images of any size are read; those that are marked have even sides. width: channels of the
+  encoder and, at first, of the decoder. num_blocks: residual blocks of each.
+  """
+
+  width: int = 64
+  num_blocks: int = 2
+  strength: float = 0.2
+
+  def __post_init__(self):
+    super().__post_init__()
+    height, width, _ = self.image_shape
+    check(height % 2 == width % 2 == 0, f"ResidualCodec: images must have even sides, got {height}x{width}")
+    check(self.width >= 1, f"ResidualCodec: width must be at least 1, got {self.width}")
+    check(self.num_blocks >= 0, f"ResidualCodec: num_blocks must be at least 0, got {self.num_blocks}")
+    check(0 < self.strength <= 1, f"ResidualCodec: strength must lie in (0, 1], got {self.strength}")
+
+  @property
+  def modules(self) -> tuple[nn.Module, nn.Module]:
+    dtype = DTYPES[self.dtype]
+    encoder = ResidualEncoder(self.width, self.num_blocks, self.strength, dtype)
+    return encoder, ResidualDecoder(self.num_bits, self.width, self.num_blocks, dtype)
