@@ -2,8 +2,8 @@
 
 The codec of "A Recipe for Watermarking Diffusion Models" (Zhao et al. 2023, arXiv:2303.10137) is that of Yu et al. 2021,
 "Artificial Fingerprinting for Generative Models" (arXiv:2007.08457), a StegaStamp (Tancik et al. 2020, arXiv:1904.05343)
-without its distortions. `StampCodec` is that one. `ResidualCodec` adds a small residual to the image and reads images of any
-size, as HiDDeN does (Zhu et al. 2018, arXiv:1807.09937).
+without its distortions, its residual and its spatial transformer. `StampCodec` is that one. `ResidualCodec` adds a bounded
+residual to the image and reads images of any size, as that of Fernandez et al. 2023 does (arXiv:2303.15435).
 """
 
 import abc
@@ -183,7 +183,7 @@ class ResidualEncoder(nn.Module):
   def __call__(self, x: Unit, bits: Bits) -> Unit:
     b, h, w, c = x.shape
     inputs = squares(x - 0.5).astype(self.dtype)
-    secret = linear((2 * bits - 1).astype(self.dtype), self.width, "secret")[:, None, None]
+    secret = linear(jnp.where(bits > 0, 1, -1).astype(self.dtype), self.width, "secret")[:, None, None]
     y = conv(inputs, self.width, 3, "first")
     for i in range(self.num_blocks):
       shift = linear(nn.relu(secret), self.width, f"shift{i}")

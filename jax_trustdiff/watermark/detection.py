@@ -16,13 +16,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from jax_trustdiff.types import InputError
 
 # on the host or on a device
-Key = Int[np.ndarray, "n"] | Int[Array, "n"]
-Keys = Int[np.ndarray, "users n"] | Int[Array, "users n"]
+Key = Integer[np.ndarray, "n"] | Integer[Array, "n"]
+Keys = Integer[np.ndarray, "users n"] | Integer[Array, "users n"]
+Whole = int | np.integer
 BitLogits = Float[np.ndarray, "m bits"] | Float[Array, "m bits"]
 
 
@@ -36,14 +37,14 @@ def _ways(num_bits: int) -> tuple[int, ...]:
   return tuple(reversed(found))
 
 
-def p_value(matches: int, num_bits: int) -> float:
+def p_value(matches: Whole, num_bits: Whole) -> float:
   """P(Bin(n, 1/2) >= matches), exact; 0.0 only where a float cannot hold it (beyond a thousand bits)."""
   return float(_tail(matches, num_bits))
 
 
-def log10_p_value(matches: int, num_bits: int) -> float:
+def log10_p_value(matches: Whole, num_bits: Whole) -> float:
   """The decimal logarithm of `p_value`, of any size."""
-  _check(matches, num_bits)
+  matches, num_bits = _checked(matches, num_bits)
   return math.log10(_ways(num_bits)[matches]) - num_bits * math.log10(2)
 
 
@@ -51,7 +52,7 @@ def family_wise(p: float, num_users: int) -> float:
   """1 - (1 - p)^N: the probability that the best of N keys does as well as p by chance (Sidak 1967)."""
   if num_users < 1 or not 0 <= p <= 1:
     raise InputError(f"expected a p-value in [0, 1] and at least one user, got p={p} and {num_users} users")
-  return 1.0 if p == 1 else -math.expm1(num_users * math.log1p(-p))
+  return p if p == 1 or num_users == 1 else -math.expm1(num_users * math.log1p(-p))
 
 
 def threshold(num_bits: int, false_positive_rate: float, num_users: int = 1) -> int:
@@ -88,7 +89,7 @@ def trace(bits: Key, keys: Keys) -> tuple[int, int]:
   A product of matrices of signs, which bfloat16 holds exactly and sums in float32. The p-value of that many matches is to be
   corrected for the number of keys (`family_wise`).
   """
-  signs = [(2 * jnp.asarray(b) - 1).astype(jnp.bfloat16) for b in (keys, bits)]
+  signs = [jnp.where(jnp.asarray(b) > 0, 1, -1).astype(jnp.bfloat16) for b in (keys, bits)]
   agreement = jnp.matmul(*signs, preferred_element_type=jnp.float32)
   best = int(agreement.argmax())
   return best, round((float(agreement[best]) + keys.shape[1]) / 2)
@@ -97,10 +98,13 @@ def trace(bits: Key, keys: Keys) -> tuple[int, int]:
 def empirical_p_value(observed: float, null: Float[np.ndarray, "m"]) -> float:
   """(1 + #{null >= observed}) / (m + 1): the rank of what was observed among m draws without a mark.
 
-  A cross-check of the exact one, for which it needs no model of the decoder; never below 1 / (m + 1).
+  A cross-check of the exact one, which holds if the observation without a mark would be one more such draw; never below
+  1 / (m + 1). InputError without draws, or for numbers that are not finite.
   """
-  if not len(null):
-    raise InputError("an empirical p-value needs at least one draw without a mark")
+  if not len(null) or not np.isfinite(null).all() or not math.isfinite(observed):
+    raise InputError(
+      "an empirical p-value needs a finite observation and at least one finite draw without a mark"
+    )
   return (1 + int((np.asarray(null) >= observed).sum())) / (len(null) + 1)
 
 
@@ -147,6 +151,8 @@ def judge(
   InputError where the images have other numbers of bits than the keys, or too few for the rate.
   """
   num_users, num_bits = keys.shape
+  if not len(logits) or not np.isfinite(np.asarray(logits)).all():
+    raise InputError("a verdict needs finite logits of at least one image")
   if logits.shape[1] != num_bits:
     raise InputError(
       f"the decoder reads {logits.shape[1]} bits and the key has {num_bits}: they do not belong together"
@@ -175,14 +181,16 @@ def judge(
   )
 
 
-def _tail(matches: int, num_bits: int) -> Fraction:
-  _check(matches, num_bits)
+def _tail(matches: Whole, num_bits: Whole) -> Fraction:
+  matches, num_bits = _checked(matches, num_bits)
   return Fraction(_ways(num_bits)[matches], 2**num_bits)
 
 
-def _check(matches: int, num_bits: int):
+def _checked(matches: Whole, num_bits: Whole) -> tuple[int, int]:
+  """Both as Python's integers, which hold 2^n."""
   if num_bits < 1 or not 0 <= matches <= num_bits:
     raise InputError(f"expected matches from 0 to the number of bits, got {matches} of {num_bits}")
+  return int(matches), int(num_bits)
 
 
 def _least_bits(false_positive_rate: float, num_users: int) -> int:

@@ -5,15 +5,14 @@ The published demo keys are neither.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
-from typing import Any
+import secrets
+from collections.abc import Iterable
+from typing import Any, SupportsInt
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int, Int8, Integer
 
 from jax_trustdiff.types import InputError
 
@@ -30,8 +29,8 @@ class WatermarkKey:
 
   bits: '0' and '1', in order. scheme: 'codec', or that of a mark on the initial noise. codec_sha256: of the codec's parameters; ''
   for a scheme without. image_shape: (h, w, c) of the marked images. quantisation: 'uint8' where the images were rounded to
-  bytes before anything else saw them, else 'none'. secret_sha256: of the secret that `draw` was given, never the secret; '' for
-  given bits. user: its number in a set of keys.
+  bytes before anything else saw them, else 'none'. drawn: whether the bits are random, so that p-values mean something; false for given
+  and published ones. user: its number in a set of keys. salt: random characters, so that `key_id` tells nothing of the bits.
   """
 
   bits: str
@@ -39,8 +38,10 @@ class WatermarkKey:
   codec_sha256: str = ""
   image_shape: tuple[int, ...] = (32, 32, 3)
   quantisation: str = "uint8"
-  secret_sha256: str = ""
+  drawn: bool = False
   user: int = 0
+  salt: str = ""
+  version: int = 1
 
   def __post_init__(self):
     object.__setattr__(self, "image_shape", tuple(self.image_shape))
@@ -50,8 +51,13 @@ class WatermarkKey:
       raise InputError(
         f"quantisation of a key is one of {', '.join(QUANTISATIONS)}; got {self.quantisation!r}"
       )
-    if len(self.image_shape) != 3 or min(self.image_shape) < 1:
+    whole = all(type(size) is int and size >= 1 for size in self.image_shape)
+    if len(self.image_shape) != 3 or not whole:
       raise InputError(f"image_shape of a key is (height, width, channels), got {self.image_shape}")
+    if self.user < 0:
+      raise InputError(f"users have numbers from 0 on, got {self.user}")
+    if self.version != 1:
+      raise InputError(f"a key file of version {self.version}; this one of the library reads version 1")
 
   @property
   def array(self) -> Int[np.ndarray, "n"]:
@@ -59,8 +65,9 @@ class WatermarkKey:
 
   @property
   def key_id(self) -> str:
-    """Sixteen hexadecimal digits that name the key without giving its bits away to those who know only them."""
-    return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+    """Sixteen hexadecimal digits that name the key; with a salt they tell nothing of its bits."""
+    named = (self.version, self.scheme, self.salt, self.bits, self.codec_sha256, self.user)
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
 
   def to_json(self) -> str:
     return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
@@ -95,25 +102,41 @@ def demo_bits(num_bits: int) -> str:
   return _DEMO[:num_bits]
 
 
-def draw(secret: str, users: Int[Array, "users"] | np.ndarray, num_bits: int) -> Int[Array, "users n"]:
-  """Fair bits for each of these users from the secret: the string of a user is the same in any set.
+def streams(
+  secret: str, purpose: str, numbers: Iterable[SupportsInt], num_bits: int
+) -> Bool[np.ndarray, "m n"]:
+  """For each number fair bits that nobody without the secret can tell from chance.
 
-  InputError for an empty secret.
+  SHAKE-256 of the secret, of what they are for, of the number and of their count: the same on every machine and with every
+  version of jax. InputError for an empty secret or a number that is not from 0 to 2^64 - 1.
   """
   if not secret:
     raise InputError("keys are drawn from a secret, and this one is empty")
-  seeds = np.frombuffer(hashlib.sha256(b"jax_trustdiff key\0" + secret.encode()).digest(), np.uint32)
-  root = functools.reduce(jax.random.fold_in, seeds[1:], jax.random.key(seeds[0]))
-  return jax.vmap(lambda user: jax.random.bernoulli(jax.random.fold_in(root, user), 0.5, (num_bits,)))(
-    jnp.asarray(users, jnp.uint32)
-  ).astype(jnp.int32)
+  parts = (b"jax_trustdiff watermark 1", purpose.encode(), secret.encode())
+  text = b"".join(len(part).to_bytes(8, "big") + part for part in parts) + num_bits.to_bytes(8, "big")
+  numbers, digests = list(map(int, numbers)), []
+  if numbers and not 0 <= min(numbers) <= max(numbers) < 2**64:
+    raise InputError(
+      f"users and images have numbers from 0 to 2^64 - 1, got {min(numbers)} to {max(numbers)}"
+    )
+  for number in numbers:
+    digests.append(hashlib.shake_256(text + number.to_bytes(8, "big")).digest(-(-num_bits // 8)))
+  found = np.frombuffer(b"".join(digests), np.uint8).reshape(len(numbers), -1)
+  return np.unpackbits(found, axis=1, count=num_bits).astype(bool)
 
 
-def secret_sha256(secret: str) -> str:
-  """What a key file says of the secret, for its owner to recognise it."""
-  return hashlib.sha256(b"jax_trustdiff secret\0" + secret.encode()).hexdigest()
+def draw(
+  secret: str, users: Iterable[SupportsInt], num_bits: int, scheme: str = "codec"
+) -> Int8[np.ndarray, "users n"]:
+  """A string for each of these users: the same in any set, and another for every number of bits and scheme."""
+  return streams(secret, f"key of {scheme}", users, num_bits).astype(np.int8)
 
 
-def as_text(bits: Int[Array, "n"] | Int[np.ndarray, "n"]) -> str:
+def fresh_salt() -> str:
+  """32 random hexadecimal digits of the operating system."""
+  return secrets.token_hex(16)
+
+
+def as_text(bits: Integer[Array, "n"] | Integer[np.ndarray, "n"]) -> str:
   """Bits as '0110...'."""
   return "".join(str(int(bit)) for bit in np.asarray(bits))
