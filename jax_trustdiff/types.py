@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Integer, Key, UInt8
 
 PyTree = Any
 Variables = dict[str, Any]  # {'params': ..., 'batch_stats': ...}, nested dicts of arrays
@@ -27,7 +27,7 @@ Logits = Float[Array, "b k"]
 Labels = Int[Array, "b"]
 SoftLabels = Float[Array, "b k"]  # probabilities of the classes, e.g. of mixed images
 AnyLabels = Labels | SoftLabels
-Bits = Int[Array, "b n"]
+Bits = Integer[Array, "b n"]
 PerExample = Float[Array, "b"]
 KeyOrKeys = Key[Array, ""] | Key[Array, "b"]  # one key for the batch, or one for each image
 

@@ -138,6 +138,9 @@ def test_the_residual_codec_marks_and_reads_images_of_any_size():
     assert 0 < float(jnp.abs(marked - x).max()) <= 0.1 + 1e-6
     assert float(jnp.abs(codec.encode(variables, x, 1 - bits) - marked).max()) > 1e-5
     assert codec.decode(variables, marked[:, 1:, 3:]).shape == (2, 12)
+    np.testing.assert_array_equal(codec.encode(variables, x, bits.astype(jnp.uint8)), marked)
+  with pytest.raises(InputError, match="even sides, got 32x31"):
+    codec.encode(variables, jnp.zeros((2, 32, 31, 3)), bits)
 
 
 @pytest.mark.parametrize("counter, weight", [(-1, 0), (0, 0), (1000, 0), (2500, 5), (4000, 10), (9999, 10)])

@@ -182,6 +182,7 @@ class ResidualEncoder(nn.Module):
   @nn.compact
   def __call__(self, x: Unit, bits: Bits) -> Unit:
     b, h, w, c = x.shape
+    check(h % 2 == w % 2 == 0, f"ResidualCodec: images to be marked must have even sides, got {h}x{w}")
     inputs = squares(x - 0.5).astype(self.dtype)
     secret = linear(jnp.where(bits > 0, 1, -1).astype(self.dtype), self.width, "secret")[:, None, None]
     y = conv(inputs, self.width, 3, "first")
