@@ -7,6 +7,8 @@ and samplers are such loops. Here the gradients are spelled out in operations th
 and so is the convolution itself where that is faster: on few pixels, with few or with many channels.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +27,8 @@ from jax_trustdiff.types import InputError
 NHWC = ("NHWC", "HWIO", "NHWC")
 Pads = tuple[tuple[int, int], tuple[int, int]]
 WINDOW = 4  # outputs of a window; with 8 or 16 channels out twice and half as many took longer
+
+_lax_alone = contextvars.ContextVar("lax_alone", default=False)
 
 
 def conv_general_dilated(
@@ -57,7 +61,7 @@ def conv_general_dilated(
     and lhs.shape[3] == rhs.shape[2]
     and lhs.dtype == rhs.dtype
   )
-  if not (plain and _traced_for_cpu()):
+  if _lax_alone.get() or not (plain and _traced_for_cpu()):
     return lax.conv_general_dilated(
       lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
       feature_group_count, batch_group_count, precision, preferred_element_type,
@@ -66,6 +70,16 @@ def conv_general_dilated(
     padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
   pads = tuple((int(low), int(high)) for low, high in padding)
   return _conv(tuple(window_strides), pads, precision, lhs, rhs)
+
+
+@contextlib.contextmanager
+def lax_alone() -> Iterator[None]:
+  """Programs traced inside hold the convolutions of `lax` and no others, as on an accelerator."""
+  token = _lax_alone.set(True)
+  try:
+    yield
+  finally:
+    _lax_alone.reset(token)
 
 
 def _traced_for_cpu() -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_trustdiff.models import edm_unet, uvit
+from jax_trustdiff.models import edm_unet, layers, uvit
 from jax_trustdiff.models.graph_classifier import GraphClassifier
 from jax_trustdiff.models.noise_classifier import NoiseClassifier
 from jax_trustdiff.models.preact_resnet import PreActResNet
@@ -63,17 +63,17 @@ def num_params(variables: Variables) -> int:
 def forward_flops(network: Network, batch: int = 1) -> int:
   """FLOPs of one evaluation of `batch` images: two for each multiply-add of convolutions and products.
 
-  Counted in the traced program, padding included (the usual convention), pointwise work not. The program is that of
-  bfloat16, in which every convolution is a sum over taps; by minimal filtering (`winograd`) it would take fewer.
+  Counted in the traced program, padding included (the usual convention), pointwise work not. Every convolution is a sum
+  over taps there; by other ways (`layers`) it would take fewer or more.
   """
-  network = dataclasses.replace(network, dtype="bfloat16")
   variables = jax.eval_shape(network.init, jax.random.key(0))
   inputs = [jax.ShapeDtypeStruct((batch, *network.image_shape), jnp.float32)]
   is_clean = isinstance(network, Classifier)
   if not is_clean:  # a network that is told the noise level
     inputs.append(jax.ShapeDtypeStruct((batch,), jnp.float32))
   evaluate = network.logits if is_clean else network.apply
-  return _flops(jax.make_jaxpr(evaluate)(variables, *inputs).jaxpr)
+  with layers.lax_alone():
+    return _flops(jax.make_jaxpr(evaluate)(variables, *inputs).jaxpr)
 
 
 def _flops(jaxpr: Any) -> int:
