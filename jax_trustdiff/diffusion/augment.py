@@ -303,7 +303,7 @@ def resample(images: Signed, inverse: Float[Array, "b 2 3"]) -> Signed:
   up_x, down_x = _wavelet(width)
   separable = functools.partial(jnp.einsum, "nh,bhwc,mw->bnmc", precision="highest")
   fine = separable(up_y.astype(images.dtype), images, up_x.astype(images.dtype))
-  moved = _bilinear(fine, *_places(inverse, height, width))
+  moved = bilinear(fine, *_places(inverse, height, width))
   return separable(down_y.astype(images.dtype), moved, down_x.astype(images.dtype))
 
 
@@ -334,7 +334,7 @@ def _places(inverse: Array, height: int, width: int) -> tuple[Array, Array]:
   )  # the middle of 3 size - 2 pixels, the taps before the centre, and the zero sample
 
 
-def _bilinear(images: Array, x: Array, y: Array) -> Array:
+def bilinear(images: Array, x: Array, y: Array) -> Array:
   """images [b h w c], the outermost samples of which are zero, at places (x, y) [b n m]; zero outside."""
   height, width, channels = images.shape[1:]
   x, y = jnp.clip(x, 0, width - 1), jnp.clip(y, 0, height - 1)

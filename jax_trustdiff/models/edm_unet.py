@@ -24,12 +24,12 @@ from jax_trustdiff.types import Variables
 
 
 def _uniform(limit: Callable[[int, int], float]) -> nn.initializers.Initializer:
-  """Uniform in +-limit(fan_in, fan_out), drawn as a vector: XLA:CPU compiles a four-dimensional draw much longer."""
+  """Uniform in +-limit(fan_in, fan_out)."""
 
   def init(key, shape, dtype=jnp.float32):
     area = math.prod(shape[:-2])
     bound = limit(area * shape[-2], area * shape[-1])
-    return jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound).reshape(shape)
+    return layers.uniform_init(bound)(key, shape, dtype)
 
   return init
 

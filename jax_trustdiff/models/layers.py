@@ -219,9 +219,8 @@ def _input_gradient(strides, pads, precision, shape, kernel, dy) -> jax.Array:
     return dx.reshape(shape)
   if _windows_pay(strides, pads, shape, kernel):
     windows, matrix = _in_windows(strides, pads, shape, kernel)
-    count = -(-dy.shape[2] // WINDOW)
-    dy = jnp.pad(dy, ((0, 0), (0, 0), (0, count * WINDOW - dy.shape[2]), (0, 0)))
-    dy = dy.reshape(*dy.shape[:2], count, matrix.shape[1])
+    dy = jnp.pad(dy, ((0, 0), (0, 0), (0, -dy.shape[2] % WINDOW), (0, 0)))
+    dy = dy.reshape(*dy.shape[:2], -1, matrix.shape[1])
     back = jax.linear_transpose(windows, jax.ShapeDtypeStruct(shape, dy.dtype))
     return back(lax.dot_general(dy, matrix, (((3,), (1,)), ((), ())), precision=precision))[0]
   padding = []
@@ -322,10 +321,25 @@ def conv_init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) ->
   return (std * jax.random.normal(key, (math.prod(shape),), dtype)).reshape(shape)
 
 
+def uniform_init(limit: float) -> nn.initializers.Initializer:
+  """Uniform in +-limit; torch's default for kernels and biases is 1 / sqrt(fan in)."""
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, (math.prod(shape),), dtype, -limit, limit).reshape(shape)
+
+  return init
+
+
 def linear_init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
   """Weights [in out], uniform in +-1/sqrt(in)."""
-  limit = 1 / math.sqrt(shape[0])
-  return jax.random.uniform(key, (math.prod(shape),), dtype, -limit, limit).reshape(shape)
+  return uniform_init(1 / math.sqrt(shape[0]))(key, shape, dtype)
+
+
+def space_to_depth(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b h2 w2 c2"]:
+  """Every square of `size` x `size` positions as the channels of one."""
+  b, h, w, c = x.shape
+  x = x.reshape(b, h // size, size, w // size, size, c).swapaxes(2, 3)
+  return x.reshape(b, h // size, w // size, size * size * c)
 
 
 class BatchNorm(nn.Module):

@@ -283,18 +283,9 @@ def _conv(x: jax.Array, features: int, size: int, dtype: Any, name: str, stride:
     strides=(stride, stride),
     padding="VALID" if stride > 1 else "SAME",
     dtype=dtype,
-    kernel_init=_uniform(limit),
-    bias_init=_uniform(limit),
+    kernel_init=layers.uniform_init(limit),
+    bias_init=layers.uniform_init(limit),
     conv_general_dilated=layers.conv_general_dilated,
     name=name,
   )
   return module(x)
-
-
-def _uniform(limit: float) -> nn.initializers.Initializer:
-  """Uniform in +-limit, drawn as a vector: XLA:CPU compiles a four-dimensional draw much longer."""
-
-  def init(key, shape, dtype=jnp.float32):
-    return jax.random.uniform(key, (math.prod(shape),), dtype, -limit, limit).reshape(shape)
-
-  return init

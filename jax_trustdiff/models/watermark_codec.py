@@ -27,19 +27,9 @@ READ = ((32, 2), (32, 1), (64, 2), (64, 1), (64, 2), (128, 2), (128, 2))  # of t
 HIDDEN = 512
 
 
-def _near_zero(fan_in: int) -> nn.initializers.Initializer:
-  """Uniform in +-1 / sqrt(fan_in), torch's default for kernels and biases, drawn as a vector, which compiles faster."""
-  bound = 1 / math.sqrt(fan_in)
-
-  def init(key, shape, dtype=jnp.float32):
-    return jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound).reshape(shape)
-
-  return init
-
-
 def conv(x: jax.Array, features: int, size: int, name: str, stride: int = 1, pad: Any = None) -> jax.Array:
   """size x size convolution with bias, initialised as in torch; pad: of both axes, (low, high), half the size if None."""
-  fan_in = size * size * x.shape[-1]
+  init = layers.uniform_init(1 / math.sqrt(size * size * x.shape[-1]))
   pad = (size // 2, size // 2) if pad is None else pad
   module = nn.Conv(
     features,
@@ -47,8 +37,8 @@ def conv(x: jax.Array, features: int, size: int, name: str, stride: int = 1, pad
     strides=(stride, stride),
     padding=(pad, pad),
     dtype=x.dtype,
-    kernel_init=_near_zero(fan_in),
-    bias_init=_near_zero(fan_in),
+    kernel_init=init,
+    bias_init=init,
     conv_general_dilated=layers.conv_general_dilated,
     name=name,
   )
@@ -57,7 +47,7 @@ def conv(x: jax.Array, features: int, size: int, name: str, stride: int = 1, pad
 
 def linear(x: jax.Array, features: int, name: str) -> jax.Array:
   """A linear layer, initialised as in torch."""
-  init = _near_zero(x.shape[-1])
+  init = layers.uniform_init(1 / math.sqrt(x.shape[-1]))
   return nn.Dense(features, dtype=x.dtype, kernel_init=init, bias_init=init, name=name)(x)
 
 
@@ -183,7 +173,7 @@ class ResidualEncoder(nn.Module):
   def __call__(self, x: Unit, bits: Bits) -> Unit:
     b, h, w, c = x.shape
     check(h % 2 == w % 2 == 0, f"ResidualCodec: images to be marked must have even sides, got {h}x{w}")
-    inputs = squares(x - 0.5).astype(self.dtype)
+    inputs = layers.space_to_depth(x - 0.5, 2).astype(self.dtype)
     secret = linear(jnp.where(bits > 0, 1, -1).astype(self.dtype), self.width, "secret")[:, None, None]
     y = conv(inputs, self.width, 3, "first")
     for i in range(self.num_blocks):
@@ -205,7 +195,9 @@ class ResidualDecoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: Unit) -> Logits:
-    y = nn.relu(conv(squares(x - 0.5).astype(self.dtype), self.width, 3, "first"))
+    x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]  # without a last row or column that is over
+    y = layers.space_to_depth(x - 0.5, 2).astype(self.dtype)
+    y = nn.relu(conv(y, self.width, 3, "first"))
     for i in range(self.num_blocks):
       y = y + nn.relu(conv(y, self.width, 3, f"block{i}"))
     y = nn.relu(conv(y, 2 * self.width, 3, "down", 2))
@@ -213,13 +205,6 @@ class ResidualDecoder(nn.Module):
     y = y.astype(layers.wide(self.dtype)).mean((1, 2))
     y = nn.relu(linear(y, 4 * self.width, "hidden"))
     return linear(y, self.num_bits, "logits")
-
-
-def squares(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c4"]:
-  """Every square of 2x2 positions as the channels of one; a last row or column that is over is left out."""
-  b, h, w, c = x.shape
-  x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).swapaxes(2, 3)
-  return x.reshape(b, h // 2, w // 2, 4 * c)
 
 
 @dataclasses.dataclass(frozen=True)

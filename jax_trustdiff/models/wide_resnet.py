@@ -45,7 +45,7 @@ class WideResNetModule(nn.Module):
     config = self.config
     dtype = DTYPES[config.dtype]
     block = nn.remat(Block, static_argnums=(2,)) if config.remat else Block
-    h = _patches(normalise(x, config.mean, config.std), config.patch).astype(dtype)
+    h = layers.space_to_depth(normalise(x, config.mean, config.std), config.patch).astype(dtype)
     h = layers.conv(16, 3, dtype=dtype, name="conv")(h)
     for i in range(3):
       for j in range((config.depth - 4) // 6):
@@ -60,13 +60,6 @@ class WideResNetModule(nn.Module):
     h = ACTIVATIONS[config.activation](layers.BatchNorm(groups=config.bn_groups, name="norm")(h, train))
     h = h.astype(layers.wide(dtype)).mean((1, 2))
     return layers.linear(config.num_classes, name="logits", dtype=layers.wide(dtype))(h)
-
-
-def _patches(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b h2 w2 c2"]:
-  """Every square of `size` x `size` positions as the channels of one."""
-  b, h, w, c = x.shape
-  x = x.reshape(b, h // size, size, w // size, size, c).swapaxes(2, 3)
-  return x.reshape(b, h // size, w // size, size * size * c)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,8 @@ def _ways(num_bits: int) -> tuple[int, ...]:
 
 def p_value(matches: Whole, num_bits: Whole) -> float:
   """P(Bin(n, 1/2) >= matches), exact; 0.0 only where a float cannot hold it (beyond a thousand bits)."""
-  return float(_tail(matches, num_bits))
+  matches, num_bits = _checked(matches, num_bits)
+  return float(Fraction(_ways(num_bits)[matches], 2**num_bits))
 
 
 def log10_p_value(matches: Whole, num_bits: Whole) -> float:
@@ -179,11 +180,6 @@ def judge(
     key_id=key_id,
     codec_sha256=codec_sha256,
   )
-
-
-def _tail(matches: Whole, num_bits: Whole) -> Fraction:
-  matches, num_bits = _checked(matches, num_bits)
-  return Fraction(_ways(num_bits)[matches], 2**num_bits)
 
 
 def _checked(matches: Whole, num_bits: Whole) -> tuple[int, int]:

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Shaped
 
+from jax_trustdiff.diffusion.augment import bilinear
 from jax_trustdiff.types import InputError, PerExample, Unit
 
 # Annex K of ITU-T T.81 at quality 50
@@ -187,21 +188,8 @@ def rotate(x: Unit, degrees: PerExample) -> Unit:
   down, along = jnp.meshgrid(jnp.arange(h) - (h - 1) / 2, jnp.arange(w) - (w - 1) / 2, indexing="ij")
   rows = jnp.cos(angle) * down + jnp.sin(angle) * along + (h - 1) / 2
   columns = -jnp.sin(angle) * down + jnp.cos(angle) * along + (w - 1) / 2
-  return jax.vmap(_interpolated)(x, rows, columns)
-
-
-def _interpolated(image: Float[Array, "h w c"], rows, columns) -> Float[Array, "h w c"]:
-  h, w, _ = image.shape
-  top, left = jnp.floor(rows), jnp.floor(columns)
-  total = jnp.zeros_like(image)
-  for i in (0, 1):
-    for j in (0, 1):
-      row, column = top + i, left + j
-      weight = (1 - jnp.abs(rows - row)) * (1 - jnp.abs(columns - column))
-      inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
-      at = jnp.clip(row, 0, h - 1).astype(int), jnp.clip(column, 0, w - 1).astype(int)
-      total += jnp.where(inside, weight, 0)[..., None] * image[at]
-  return total
+  framed = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  return bilinear(framed, columns + 1, rows + 1)
 
 
 def blur(x: Unit, sigma: PerExample, reach: int = 6) -> Unit:
@@ -259,7 +247,7 @@ def _grey(x: Unit) -> Float[Array, "b h w 1"]:
   return _einsum("bhwc,c->bhw", x, _GREY)[..., None] if x.shape[3] == 3 else x.mean(3, keepdims=True)
 
 
-def _per_image(value: PerExample) -> jax.Array:
+def _per_image(value: Shaped[Array, "b"]) -> jax.Array:
   return value[:, None, None, None]
 
 
@@ -279,7 +267,7 @@ def _erased(key, x, strength):
 
 def _flipped(key, x, strength):
   turned = jax.random.uniform(key, strength.shape) < strength
-  return jnp.where(turned[:, None, None, None], x[:, :, ::-1], x)
+  return jnp.where(_per_image(turned), x[:, :, ::-1], x)
 
 
 class Kind(NamedTuple):
