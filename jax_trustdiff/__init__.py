@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 _LOADERS = {
   "load_classifier": "jax_trustdiff.interop.export",
+  "load_codec": "jax_trustdiff.tasks.codecs",
   "load_denoiser": "jax_trustdiff.tasks.denoisers",
   "load_noise_classifier": "jax_trustdiff.tasks.noise_classifiers",
 }

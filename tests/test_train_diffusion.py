@@ -15,7 +15,7 @@ from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
 from jax_trustdiff.data import records
 from jax_trustdiff.models.registry import num_params
-from jax_trustdiff.tasks import denoisers, noise_training, posthoc_ema, train_diffusion
+from jax_trustdiff.tasks import denoisers, image_training, posthoc_ema, train_diffusion
 from jax_trustdiff.tasks.sampling import ImageSampler, balanced_labels
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError
@@ -247,7 +247,7 @@ def test_the_loss_sees_augmentation_labels_dropout_and_classes():
   """Each of them changes the loss of one batch: none is lost on the way to the network."""
   changes = {"augment_pipe.name": "edm", "model.dropout": 0.5, "model.channel_mult": (1,)}
   config = config_lib.load("configs/edm_cifar.py:smoke", changes)
-  data = noise_training.load_data(config)
+  data = image_training.load_data(config)
   batch = jax.tree.map(jnp.asarray, data.train.take(np.arange(4)))
   fresh = train_diffusion.build_model(config, data.train).network.init(jax.random.key(1))
   leaves, tree = jax.tree.flatten(fresh)

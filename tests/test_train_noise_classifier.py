@@ -17,7 +17,7 @@ from jax_trustdiff.data.sources import SOURCES
 from jax_trustdiff.diffusion.solvers import initial_noise
 from jax_trustdiff.interop import export, pretrained, safetensors_io
 from jax_trustdiff.models.registry import NOISE_CLASSIFIERS, forward_flops
-from jax_trustdiff.tasks import denoisers, noise_classifiers, noise_training, train_noise_classifier
+from jax_trustdiff.tasks import denoisers, image_training, noise_classifiers, train_noise_classifier
 from jax_trustdiff.tasks import generate as generate_task
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, to_signed
@@ -77,9 +77,9 @@ def test_the_export_is_the_averaged_classifier(trained):
   path, config, metrics = trained
   classifier = jax_trustdiff.load_noise_classifier(path / "export")
   assert classifier.network.num_classes == 10 and classifier.network.image_shape == (8, 8, 1)
-  held_out = noise_training.load_data(config).validation
+  held_out = image_training.load_data(config).validation
   batch = held_out.take(np.arange(32))
-  keys, x0 = noise_training.held_out_keys(config.seed, batch["id"]), to_signed(batch["image"])
+  keys, x0 = image_training.held_out_keys(config.seed, batch["id"]), to_signed(batch["image"])
   for sigma in config.eval.sigmas:
     x = x0 + sigma * initial_noise(keys, (8, 8, 1))
     found = jax.jit(lambda f, x, sigma: f(x, jnp.full(32, sigma)))(classifier, x, sigma).argmax(1)

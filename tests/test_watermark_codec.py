@@ -131,7 +131,7 @@ def test_the_residual_codec_marks_and_reads_images_of_any_size():
   assert isinstance(codec, WatermarkCodec)
   variables = codec.init(jax.random.key(0))
   bits = jax.random.bernoulli(jax.random.key(1), 0.5, (2, 12)).astype(jnp.int32)
-  for shape in ((32, 32, 3), (24, 64, 3)):
+  for shape in ((32, 32, 3), (24, 64, 3), (57, 33, 3)):
     x = jax.random.uniform(jax.random.key(2), (2, *shape))
     marked = codec.encode(variables, x, bits)
     assert marked.shape == x.shape and 0 <= float(marked.min()) and float(marked.max()) <= 1
@@ -139,8 +139,6 @@ def test_the_residual_codec_marks_and_reads_images_of_any_size():
     assert float(jnp.abs(codec.encode(variables, x, 1 - bits) - marked).max()) > 1e-5
     assert codec.decode(variables, marked[:, 1:, 3:]).shape == (2, 12)
     np.testing.assert_array_equal(codec.encode(variables, x, bits.astype(jnp.uint8)), marked)
-  with pytest.raises(InputError, match="even sides, got 32x31"):
-    codec.encode(variables, jnp.zeros((2, 32, 31, 3)), bits)
 
 
 @pytest.mark.parametrize("counter, weight", [(-1, 0), (0, 0), (1000, 0), (2500, 5), (4000, 10), (9999, 10)])

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Integer, Shaped
+from jaxtyping import Float, Integer, Shaped, UInt8
 
 from jax_trustdiff.types import InputError
 
@@ -109,7 +109,7 @@ _ABOVE = dict(
   frameon=False,
 )
 _SMOOTH_FROM = 120
-_LOSSES = ("loss", "ce", "kl")
+_LOSSES = ("loss", "ce", "kl", "bce")
 
 
 def _curves(rows) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -456,8 +456,45 @@ def adversarial_grid(
     ("adversarial", _to_bytes(x_adv), list(zip(texts[2], marks[2], strict=True))),
     (f"difference\n\N{MULTIPLICATION SIGN} {amplify:.3g}", _to_bytes(amplified), None),
   ]
-  _write(path, _png(_draw_grid(rows, header=texts[0])))
+  _write(path, _png(_draw_grid(rows, texts[0], "true class")))
   return caption
+
+
+def marked_grid(
+  images: UInt8[AnyArray, "n h w c"],
+  marked: UInt8[AnyArray, "_ _ _ _"],
+  path: Path,
+  *,
+  matches: Sequence[int],
+  num_bits: int,
+  amplify: float = 10.0,
+) -> str:
+  """PNG with a column for each image: as it was, marked, and the difference amplified; returns its caption.
+
+  images, marked: uint8 [n h w c], one or three channels. matches: how many of num_bits are read right of each marked one.
+  The last row is 0.5 + amplify * (marked - image), of images in [0, 1], clipped.
+  """
+  images, marked = np.asarray(images), np.asarray(marked)
+  _check_images(images, "images")
+  if marked.shape != images.shape or images.dtype != np.uint8 or marked.dtype != np.uint8:
+    raise InputError(
+      f"images and marked ones must be bytes of one shape, got {images.dtype} {images.shape} and {marked.dtype} {marked.shape}"
+    )
+  if len(matches) != len(images):
+    raise InputError(f"{len(matches)} numbers of matches for {len(images)} images")
+  difference = (marked.astype(np.float32) - images) / 255
+  error = np.maximum(np.square(difference).mean((1, 2, 3)), 1e-10)
+  rows = [
+    ("image", images, None),
+    ("marked", marked, [(f"{right} of {num_bits} bits", right == num_bits) for right in matches]),
+    (f"difference\n\N{MULTIPLICATION SIGN} {amplify:.3g}", _to_bytes(0.5 + amplify * difference), None),
+  ]
+  header = [f"{decibels:.1f} dB" for decibels in -10 * np.log10(error)]
+  _write(path, _png(_draw_grid(rows, header, "PSNR")))
+  return (
+    f"Top: images. Middle: with {num_bits} bits in them, and how many are read right. Bottom: 0.5 + {amplify:.3g} "
+    f"\N{MULTIPLICATION SIGN} (marked \N{MINUS SIGN} image). The largest change of a pixel is {255 * np.abs(difference).max():.0f}/255."
+  )
 
 
 def image_grid(
@@ -511,8 +548,8 @@ def _enlarge(images: np.ndarray, scale: int) -> np.ndarray:
   return images.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
-def _draw_grid(rows, header: Sequence[str]) -> np.ndarray:
-  """Rows of (title, uint8 images, [(text, right?)] or None for no text) below a line of headers."""
+def _draw_grid(rows, header: Sequence[str], title: str) -> np.ndarray:
+  """Rows of (title, uint8 images, [(text, right?)] or None for no text) below a line of headers with a title of its own."""
   from PIL import Image, ImageDraw
 
   _, height, width, _ = rows[0][1].shape
@@ -525,13 +562,13 @@ def _draw_grid(rows, header: Sequence[str]) -> np.ndarray:
   size = (left + n * (cell_w + gap) - gap + margin, margin + line + len(rows) * step - line - gap + margin)
   canvas = Image.new("RGB", size, "white")
   draw = ImageDraw.Draw(canvas)
-  draw.text((margin, margin), "true class", _MUTED, regular)
+  draw.text((margin, margin), title, _MUTED, regular)
   for i, text in enumerate(header):
     centre = left + i * (cell_w + gap) + cell_w / 2
     draw.text((centre, margin), _shorten(text, regular, cell_w), _INK, regular, anchor="ma")
-  for r, (title, images, verdicts) in enumerate(rows):
+  for r, (name, images, verdicts) in enumerate(rows):
     top = margin + line + r * step
-    draw.multiline_text((margin, top + cell_h / 2), title, _INK, bold, anchor="lm", spacing=6)
+    draw.multiline_text((margin, top + cell_h / 2), name, _INK, bold, anchor="lm", spacing=6)
     for i, image in enumerate(_enlarge(images, scale)):
       x = left + i * (cell_w + gap)
       canvas.paste(Image.fromarray(image), (x, top))

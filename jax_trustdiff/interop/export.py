@@ -10,6 +10,7 @@ import jax
 
 from jax_trustdiff.interop import safetensors_io
 from jax_trustdiff.models.registry import (
+  CODECS,
   DIFFUSION_NETWORKS,
   GRAPHS,
   NETWORKS,
@@ -77,6 +78,8 @@ def load_classifier(directory: str | os.PathLike) -> LogitsFn:
     raise InputError(
       f"{directory} holds a classifier of noisy images ({name}), to be told their noise: see load_noise_classifier"
     )
+  if name in CODECS:
+    raise InputError(f"{directory} holds a watermark codec ({name}), no classifier: see load_codec")
   network, variables, _ = load_export(directory)
   return bind(network, jax.tree.map(jax.numpy.asarray, variables))
 

@@ -11,6 +11,7 @@ from jax_trustdiff.models import edm_unet, layers, uvit
 from jax_trustdiff.models.graph_classifier import GraphClassifier
 from jax_trustdiff.models.noise_classifier import NoiseClassifier
 from jax_trustdiff.models.preact_resnet import PreActResNet
+from jax_trustdiff.models.watermark_codec import ResidualCodec, StampCodec
 from jax_trustdiff.models.wide_resnet import WideResNet
 from jax_trustdiff.types import (
   Classifier,
@@ -20,6 +21,7 @@ from jax_trustdiff.types import (
   NoiseConditionalClassifier,
   Unit,
   Variables,
+  WatermarkCodec,
 )
 
 MODELS = {"wide_resnet": WideResNet, "preact_resnet": PreActResNet}
@@ -30,9 +32,10 @@ DIFFUSION_NETWORKS = {
   "uvit": uvit.uvit,
 }
 NOISE_CLASSIFIERS = {"noise_classifier": NoiseClassifier}
-NETWORKS = MODELS | DIFFUSION_NETWORKS | NOISE_CLASSIFIERS  # what a config can ask for
+CODECS = {"residual_codec": ResidualCodec, "stamp_codec": StampCodec}
+NETWORKS = MODELS | DIFFUSION_NETWORKS | NOISE_CLASSIFIERS | CODECS  # what a config can ask for
 GRAPHS = {"graph": GraphClassifier}  # what only a file describes
-Network = Classifier | DiffusionNetwork | NoiseConditionalClassifier
+Network = Classifier | DiffusionNetwork | NoiseConditionalClassifier | WatermarkCodec
 
 
 @jax.tree_util.register_dataclass
@@ -61,17 +64,24 @@ def num_params(variables: Variables) -> int:
 
 
 def forward_flops(network: Network, batch: int = 1) -> int:
-  """FLOPs of one evaluation of `batch` images: two for each multiply-add of convolutions and products.
+  """FLOPs of one evaluation of `batch` images, of a codec to write and to read: two for each multiply-add.
 
-  Counted in the traced program, padding included (the usual convention), pointwise work not. Every convolution is a sum
-  over taps there; by other ways (`layers`) it would take fewer or more.
+  Of convolutions and products, counted in the traced program, padding included (the usual convention), pointwise work not.
+  Every convolution is a sum over taps there; by other ways (`layers`) it would take fewer or more.
   """
   variables = jax.eval_shape(network.init, jax.random.key(0))
   inputs = [jax.ShapeDtypeStruct((batch, *network.image_shape), jnp.float32)]
-  is_clean = isinstance(network, Classifier)
-  if not is_clean:  # a network that is told the noise level
+  if isinstance(network, Classifier):
+    evaluate = network.logits
+  elif isinstance(network, WatermarkCodec):
+    inputs.append(jax.ShapeDtypeStruct((batch, network.num_bits), jnp.int32))
+
+    def evaluate(variables, x, bits):
+      return network.decode(variables, network.encode(variables, x, bits))
+
+  else:  # told the noise level
     inputs.append(jax.ShapeDtypeStruct((batch,), jnp.float32))
-  evaluate = network.logits if is_clean else network.apply
+    evaluate = network.apply
   with layers.lax_alone():
     return _flops(jax.make_jaxpr(evaluate)(variables, *inputs).jaxpr)
 

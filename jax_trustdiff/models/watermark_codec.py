@@ -3,7 +3,7 @@
 The codec of "A Recipe for Watermarking Diffusion Models" (Zhao et al. 2023, arXiv:2303.10137) is that of Yu et al. 2021,
 "Artificial Fingerprinting for Generative Models" (arXiv:2007.08457), a StegaStamp (Tancik et al. 2020, arXiv:1904.05343)
 without its distortions, its residual and its spatial transformer. `StampCodec` is that one. `ResidualCodec` adds a bounded
-residual to the image and reads images of any size, as that of Fernandez et al. 2023 does (arXiv:2303.15435).
+residual to the image, of any size.
 """
 
 import abc
@@ -25,6 +25,7 @@ DOWN = ((32, 1), (32, 2), (64, 2), (128, 2), (256, 2))  # (features, stride) of 
 UP = (128, 64, 32, 32)
 READ = ((32, 2), (32, 1), (64, 2), (64, 1), (64, 2), (128, 2), (128, 2))  # of the decoder
 HIDDEN = 512
+LAST_MAP = 8  # the largest side of the map that the better decoder flattens
 
 
 def conv(x: jax.Array, features: int, size: int, name: str, stride: int = 1, pad: Any = None) -> jax.Array:
@@ -162,8 +163,9 @@ class StampCodec(LinenCodec):
 
 
 class ResidualEncoder(nn.Module):
-  """A residual of the image, made of its 2x2 squares and of the bits, which are the same everywhere."""
+  """The image plus a residual: a learned pattern for each bit, and what convolutions make of the patterns and the image."""
 
+  sides: tuple[int, int]
   width: int
   num_blocks: int
   strength: float
@@ -171,23 +173,24 @@ class ResidualEncoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: Unit, bits: Bits) -> Unit:
-    b, h, w, c = x.shape
-    check(h % 2 == w % 2 == 0, f"ResidualCodec: images to be marked must have even sides, got {h}x{w}")
-    inputs = layers.space_to_depth(x - 0.5, 2).astype(self.dtype)
-    secret = linear(jnp.where(bits > 0, 1, -1).astype(self.dtype), self.width, "secret")[:, None, None]
-    y = conv(inputs, self.width, 3, "first")
+    h, w = self.sides
+    b, c = len(x), x.shape[-1]
+    inputs = layers.space_to_depth(resized(x, self.sides) - 0.5, 2).astype(self.dtype)
+    signs = jnp.where(bits > 0, 1, -1).astype(self.dtype)
+    pattern = linear(signs, h * w * c, "pattern").reshape(inputs.shape)
+    y = conv(jnp.concatenate([inputs, pattern], -1), self.width, 3, "first")
     for i in range(self.num_blocks):
-      shift = linear(nn.relu(secret), self.width, f"shift{i}")
-      y = y + conv(nn.relu(y + shift), self.width, 3, f"block{i}")
-    y = jnp.concatenate([nn.relu(y + secret), inputs], -1)
-    residual = conv(y, 4 * c, 3, "residual").astype(layers.wide(self.dtype))
-    residual = residual.reshape(b, h // 2, w // 2, 2, 2, c).swapaxes(2, 3).reshape(x.shape)
-    return jnp.clip(x + self.strength * jnp.tanh(residual), 0, 1)
+      y = y + conv(nn.relu(y), self.width, 3, f"block{i}")
+    residual = pattern + conv(nn.relu(y), 4 * c, 3, "residual")
+    residual = residual.astype(layers.wide(self.dtype)).reshape(b, h // 2, w // 2, 2, 2, c).swapaxes(2, 3)
+    residual = self.strength * jnp.tanh(residual.reshape(b, h, w, c))
+    return jnp.clip(x + resized(residual, x.shape[1:3]), 0, 1)
 
 
 class ResidualDecoder(nn.Module):
-  """Convolutions at half and at a quarter of the size, a mean over all positions, two linear layers: logits of the bits."""
+  """Convolutions down to a map of at most 8x8 positions, two linear layers: logits of the bits."""
 
+  sides: tuple[int, int]
   num_bits: int
   width: int
   num_blocks: int
@@ -195,41 +198,51 @@ class ResidualDecoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: Unit) -> Logits:
-    x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]  # without a last row or column that is over
-    y = layers.space_to_depth(x - 0.5, 2).astype(self.dtype)
+    y = layers.space_to_depth(resized(x, self.sides) - 0.5, 2).astype(self.dtype)
     y = nn.relu(conv(y, self.width, 3, "first"))
     for i in range(self.num_blocks):
       y = y + nn.relu(conv(y, self.width, 3, f"block{i}"))
-    y = nn.relu(conv(y, 2 * self.width, 3, "down", 2))
+    level = 0
+    while level == 0 or max(y.shape[1:3]) > LAST_MAP:
+      y = nn.relu(conv(y, 2 * self.width, 3, f"down{level}", 2))
+      level += 1
     y = nn.relu(conv(y, 2 * self.width, 3, "wide"))
-    y = y.astype(layers.wide(self.dtype)).mean((1, 2))
-    y = nn.relu(linear(y, 4 * self.width, "hidden"))
-    return linear(y, self.num_bits, "logits")
+    y = nn.relu(linear(y.reshape(len(y), -1), 8 * self.width, "hidden"))
+    return linear(y.astype(layers.wide(self.dtype)), self.num_bits, "logits")
+
+
+def resized(x: jax.Array, sides: tuple[int, ...]) -> jax.Array:
+  """Images [b h w c] with these sides, by triangles as wide as a pixel of the smaller ones; as they are if they have them."""
+  if x.shape[1:3] == tuple(sides):
+    return x
+  return jax.image.resize(x, (len(x), *sides, x.shape[-1]), "linear")
 
 
 @dataclasses.dataclass(frozen=True)
 class ResidualCodec(LinenCodec):
-  """The image plus a residual of at most `strength`; the bits as -1 and 1; a mean over positions before they are read.
+  """The image plus a residual of at most `strength`, of bits as -1 and 1, for images of any size.
 
-  Bits are the same at every position, so what is left of an image after a crop, a shift or a change of size still has all of
-  them, and images of any size are read; those that are marked have even sides. width: channels of the
-  encoder and, at first, of the decoder. num_blocks: residual blocks of each.
+  The residual is made and read at the size image_shape; that of a larger or smaller image is resized to it, as Bui et al. 2023
+  do (arXiv:2311.18297). width: channels of the encoder and, at first, of the decoder. num_blocks:
+  residual blocks of each.
   """
 
-  width: int = 64
+  width: int = 32
   num_blocks: int = 2
   strength: float = 0.2
 
   def __post_init__(self):
     super().__post_init__()
     height, width, _ = self.image_shape
-    check(height % 2 == width % 2 == 0, f"ResidualCodec: images must have even sides, got {height}x{width}")
+    check(
+      height % 2 == width % 2 == 0, f"ResidualCodec: image_shape must have even sides, got {height}x{width}"
+    )
     check(self.width >= 1, f"ResidualCodec: width must be at least 1, got {self.width}")
     check(self.num_blocks >= 0, f"ResidualCodec: num_blocks must be at least 0, got {self.num_blocks}")
     check(0 < self.strength <= 1, f"ResidualCodec: strength must lie in (0, 1], got {self.strength}")
 
   @property
   def modules(self) -> tuple[nn.Module, nn.Module]:
-    dtype = DTYPES[self.dtype]
-    encoder = ResidualEncoder(self.width, self.num_blocks, self.strength, dtype)
-    return encoder, ResidualDecoder(self.num_bits, self.width, self.num_blocks, dtype)
+    dtype, sides = DTYPES[self.dtype], self.image_shape[:2]
+    encoder = ResidualEncoder(sides, self.width, self.num_blocks, self.strength, dtype)
+    return encoder, ResidualDecoder(sides, self.num_bits, self.width, self.num_blocks, dtype)

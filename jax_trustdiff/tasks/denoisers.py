@@ -18,7 +18,7 @@ from jax_trustdiff.diffusion.denoisers import (
 from jax_trustdiff.diffusion.samplers import SAMPLERS
 from jax_trustdiff.interop import edm_names, edm_snapshot, export, network_weights
 from jax_trustdiff.models.registry import DIFFUSION_NETWORKS
-from jax_trustdiff.types import DiffusionNetwork, InputError, Variables
+from jax_trustdiff.types import DiffusionNetwork, InputError, Variables, WatermarkCodec
 
 # a part of a config, or a dict: 'name' and the keyword arguments of what it builds
 Section = Mapping[str, Any] | config_lib.ConfigDict
@@ -196,7 +196,8 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
 def _denoiser_section(network: Any, meta: Mapping[str, Any]) -> dict[str, Any]:
   """meta['denoiser'] of a diffusion model; InputError without one."""
   if not isinstance(network, DiffusionNetwork):
-    raise InputError(f"holds a classifier ({meta['model']['name']}), no diffusion model")
+    kind = "a watermark codec" if isinstance(network, WatermarkCodec) else "a classifier"
+    raise InputError(f"holds {kind} ({meta['model']['name']}), no diffusion model")
   section = meta.get("denoiser")
   if not isinstance(section, dict) or not isinstance(section.get("name"), str):
     known = ", ".join(PRECONDITIONINGS)

@@ -215,3 +215,52 @@ def noise_classifier_report(config, workdir: Workdir, held_out: sources.ImageSou
     config_text=config_lib.to_json(config),
     info=workdir.information(),
   )
+
+
+def codec_report(config, workdir: Workdir, measured, metrics) -> None:
+  """Marked images, bit accuracy after attacks, training curves and report.html of one codec, in workdir/report.
+
+  measured: a `train_codec.Measured`.
+  """
+  folder = workdir / "report"
+  folder.mkdir(exist_ok=True)
+  num_bits, count = config.model.num_bits, measured.num_images
+  caption = report.marked_grid(
+    measured.images,
+    measured.marked,
+    folder / "marked_images.png",
+    matches=measured.matches.tolist(),
+    num_bits=num_bits,
+  )
+  bounds = {
+    name: (max(mean - half_width, 0.0), min(mean + half_width, 1.0))
+    for name, (mean, half_width) in measured.after.items()
+  }
+  report.bars(
+    {name.replace("_", " "): {"bit accuracy": mean} for name, (mean, _) in measured.after.items()},
+    folder / "attacks.png",
+    ylabel="bit accuracy",
+    intervals={name.replace("_", " "): {"bit accuracy": interval} for name, interval in bounds.items()},
+  )
+  report.training_curves(workdir.read_metrics(), folder / "training_curves.png", score="")
+  rows = [
+    [name, f"{measured.after[name][0]:.2%}", f"{low:.2%} to {high:.2%}"]
+    for name, (low, high) in bounds.items()
+  ]
+  report.html_report(
+    folder / "report.html",
+    title=f"Watermark codec of {num_bits} bits",
+    summary=(
+      f"{metrics['num_params']:,} parameters after {metrics['num_steps']:,} steps. On {count:,} held-out images, stored as bytes: "
+      f"{metrics['bit_accuracy']:.2%} of the bits are read right, at {metrics['psnr']:.1f} dB (mean PSNR). Guesses are right in 50 %."
+    ),
+    metrics=metrics,
+    figures=[
+      (folder / "marked_images.png", caption),
+      (folder / "attacks.png", "Bits read right after attacks by Pillow, with 95 % intervals"),
+      (folder / "training_curves.png", "Training and validation"),
+    ],
+    tables=[("Bit accuracy with 95 % intervals over images", ["after", "bit accuracy", "interval"], rows)],
+    config_text=config_lib.to_json(config),
+    info=workdir.information(),
+  )

@@ -16,7 +16,7 @@ from jax_trustdiff.data import augment, records, sources
 from jax_trustdiff.diffusion.augment import AUGMENT_PIPES
 from jax_trustdiff.diffusion.denoisers import Denoiser, Preconditioning
 from jax_trustdiff.diffusion.losses import LOSSES, DenoisingLoss
-from jax_trustdiff.tasks import denoisers, generation_metrics, noise_training, posthoc_ema, reports
+from jax_trustdiff.tasks import denoisers, generation_metrics, image_training, posthoc_ema, reports
 from jax_trustdiff.tasks.sampling import ImageSampler, balanced_labels
 from jax_trustdiff.training import state
 from jax_trustdiff.training.workdir import Workdir
@@ -43,12 +43,13 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   first validation. The averaged parameters of the last step are exported.
   """
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.model, config.mesh.shard)
-  data = noise_training.load_data(config)
+  data = image_training.load_data(config)
   model = build_model(config, data.train)
   power_stds = tuple(config.ema.power_stds)
-  trainer = noise_training.build_trainer(config, make_loss(config, model), data, mesh, power_stds)
+  loss = image_training.stateless(make_loss(config, model))
+  trainer = image_training.build_trainer(config, model.network.init, loss, data, mesh, power_stds)
   watch = Watch(config, model, data, mesh, workdir)
-  variables, metrics = noise_training.train(config, model.network, trainer, data, mesh, workdir, watch)
+  variables, metrics = image_training.train(config, model.network, trainer, data, mesh, workdir, watch)
   if parallel.is_main_process():
     described = {"class_names": data.train.class_names, "sampler": config_lib.to_plain(config.sampler)}
     denoisers.save_denoiser(
@@ -75,7 +76,7 @@ def build_model(config, source: sources.ImageSource) -> Model:
   )
 
 
-def make_loss(config, model: Model) -> noise_training.BatchLoss:
+def make_loss(config, model: Model) -> image_training.BatchLoss:
   """The loss (variables, batch, key) -> [b] of training: augmented images, with dropout."""
   flips = config_lib.build(augment.AUGMENTATIONS, config.augment)
   pipe = config_lib.build(AUGMENT_PIPES, config.augment_pipe)
@@ -99,7 +100,7 @@ class Watch:
   eval.metrics_every steps (0: no others). Also writes the power-function averages to workdir/ema.
   """
 
-  def __init__(self, config, model: Model, data: noise_training.Data, mesh, workdir: Workdir):
+  def __init__(self, config, model: Model, data: image_training.Data, mesh, workdir: Workdir):
     _check_eval(config, data)
     self._config, self._model, self._data, self._mesh, self._workdir = config, model, data, mesh, workdir
     sampler = denoisers.build_sampler(config.sampler, model.preconditioning)
@@ -114,7 +115,7 @@ class Watch:
   def __call__(self, train_state: state.TrainState) -> dict[str, float]:
     config, variables = self._config, train_state.ema_variables
     judge = functools.partial(self._loss, variables)
-    found = noise_training.held_out_means(judge, self._data, config.eval.batch_size, self._mesh)
+    found = image_training.held_out_means(judge, self._data, config.eval.batch_size, self._mesh)
     step = int(train_state.step)
     if config.eval.num_samples and self._measures_at(step):
       found |= self._metrics(variables)
@@ -125,7 +126,7 @@ class Watch:
     return found
 
   def _measures_at(self, step: int) -> bool:
-    every, num_steps = self._config.eval.metrics_every, noise_training.num_steps_of(self._config)
+    every, num_steps = self._config.eval.metrics_every, image_training.num_steps_of(self._config)
     return step in (self._config.train.validate_every, num_steps) or bool(every and step % every == 0)
 
   def pictures(self) -> list:
@@ -133,7 +134,7 @@ class Watch:
     return sorted((self._workdir / "samples").glob("*.png"))
 
   def _losses(self, variables, batch):
-    keys = noise_training.held_out_keys(self._config.seed, batch["id"])
+    keys = image_training.held_out_keys(self._config.seed, batch["id"])
     denoiser = self._model.denoiser(variables, batch["label"])
     return {"loss": self._model.loss(denoiser, to_signed(batch["image"]), keys)}
 
@@ -159,7 +160,7 @@ class Watch:
       reports.sample_grid(images, self._workdir / "samples" / f"{step:08d}.png")
 
 
-def _check_eval(config, data: noise_training.Data) -> None:
+def _check_eval(config, data: image_training.Data) -> None:
   if config.eval.num_pictures < 1:
     raise InputError(f"eval.num_pictures must be at least 1, found {config.eval.num_pictures}")
   if not 0 <= config.eval.num_reference <= len(data.train):

@@ -17,7 +17,7 @@ from jax_trustdiff.diffusion.denoisers import Preconditioning
 from jax_trustdiff.diffusion.guidance import NoisyClassifier, noisy_cross_entropy
 from jax_trustdiff.diffusion.losses import LOSSES, DenoisingLoss
 from jax_trustdiff.diffusion.solvers import initial_noise
-from jax_trustdiff.tasks import denoisers, noise_classifiers, noise_training, reports
+from jax_trustdiff.tasks import denoisers, image_training, noise_classifiers, reports
 from jax_trustdiff.training import state
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, NoiseConditionalClassifier, Variables, to_signed
@@ -30,15 +30,15 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   the end and, as first/..., at the first validation. The averaged parameters of the last step are exported.
   """
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.model, config.mesh.shard)
-  data = noise_training.load_data(config)
+  data = image_training.load_data(config)
   records.check_labelled(data.train)
   network = noise_classifiers.build_network(config.model, data.train)
   preconditioning = denoisers.build_preconditioning(config.diffusion.preconditioning)
   density = config_lib.build(LOSSES, config.diffusion.loss)
-  loss = make_loss(config, network, preconditioning, density)
-  trainer = noise_training.build_trainer(config, loss, data, mesh)
+  loss = image_training.stateless(make_loss(config, network, preconditioning, density))
+  trainer = image_training.build_trainer(config, network.init, loss, data, mesh)
   watch = Watch(config, network, preconditioning, density, data, mesh)
-  variables, metrics = noise_training.train(config, network, trainer, data, mesh, workdir, watch)
+  variables, metrics = image_training.train(config, network, trainer, data, mesh, workdir, watch)
   if parallel.is_main_process():
     noise_classifiers.save_noise_classifier(
       workdir / "export",
@@ -53,7 +53,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 
 def make_loss(
   config, network: NoiseConditionalClassifier, preconditioning: Preconditioning, density: DenoisingLoss
-) -> noise_training.BatchLoss:
+) -> image_training.BatchLoss:
   """The cross-entropy (variables, batch, key) -> [b] of training: augmented images, with dropout."""
   flips = config_lib.build(augment.AUGMENTATIONS, config.augment)
 
@@ -78,7 +78,7 @@ class Watch:
     network: NoiseConditionalClassifier,
     preconditioning: Preconditioning,
     density: DenoisingLoss,
-    data: noise_training.Data,
+    data: image_training.Data,
     mesh,
   ):
     sigmas = config.eval.sigmas
@@ -100,7 +100,7 @@ class Watch:
   def __call__(self, train_state: state.TrainState) -> dict[str, float]:
     variables = train_state.ema_variables
     judge = functools.partial(self._judge, variables)
-    return noise_training.held_out_means(judge, self._data, self._config.eval.batch_size, self._mesh)
+    return image_training.held_out_means(judge, self._data, self._config.eval.batch_size, self._mesh)
 
   def _judge(self, variables: Variables, batch) -> dict[str, jax.Array]:
     hits = {
@@ -110,12 +110,12 @@ class Watch:
     return {"loss": self._loss(variables, batch)} | hits
 
   def _losses(self, variables, batch):
-    keys = noise_training.held_out_keys(self._config.seed, batch["id"])
+    keys = image_training.held_out_keys(self._config.seed, batch["id"])
     x0, classifier = to_signed(batch["image"]), self._classifier(variables)
     return noisy_cross_entropy(classifier, x0, batch["label"], keys, self._density)
 
   def _right(self, variables, batch, sigma):
-    keys = noise_training.held_out_keys(self._config.seed, batch["id"])
+    keys = image_training.held_out_keys(self._config.seed, batch["id"])
     x0 = to_signed(batch["image"])
     x = x0 + sigma * initial_noise(keys, x0.shape[1:])
     logits = self._classifier(variables)(x, jnp.full(len(x), sigma))

@@ -12,10 +12,27 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from jax_trustdiff.types import Bits, Logits, Unit, Variables, WatermarkCodec
+from jax_trustdiff.types import Bits, InputError, Logits, Unit, Variables, WatermarkCodec
 from jax_trustdiff.watermark.distortions import quantise
 
 NOT_YET = -1  # the counter of a gate that is shut
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class BoundCodec:
+  """A codec with its variables, as a pytree: the variables are its leaves."""
+
+  network: WatermarkCodec = dataclasses.field(metadata={"static": True})
+  variables: Variables
+
+  def encode(self, x: Unit, bits: jax.typing.ArrayLike) -> Unit:
+    """The images with these bits in them; bits [b n], or [n] for the same in all."""
+    return self.network.encode(self.variables, x, jnp.broadcast_to(jnp.asarray(bits), (len(x), self.network.num_bits)))
+
+  def decode(self, x: Unit) -> Logits:
+    """Logits [b n] of the bits: positive for a 1."""
+    return self.network.decode(self.variables, x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +40,21 @@ class ImageGate:
   """The weight of the image's error: 0 until a batch is read well enough, and then rising.
 
   A counter is -1 at first, 0 at the step whose batch has a bit accuracy above `opens_above`, and one more at every step after it,
-  whatever happens. The weight is clip(largest (counter - wait) / ramp, 0, largest).
+  whatever happens. The weight is clip(largest (counter - wait) / ramp, 0, largest). InputError for numbers that make no gate.
   """
 
   opens_above: float = 0.9
   wait: int = 1000
   ramp: int = 3000
   largest: float = 10.0
+
+  def __post_init__(self):
+    if not 0.5 < self.opens_above < 1:
+      raise InputError(f"a gate opens above a bit accuracy between 0.5 and 1, got {self.opens_above}")
+    if self.ramp < 1 or self.wait < 0 or self.largest < 0:
+      raise InputError(
+        f"a gate needs ramp of at least 1, wait and largest of at least 0; got {self.ramp}, {self.wait} and {self.largest}"
+      )
 
   def weight(self, counter: Int[Array, ""]) -> Float[Array, ""]:
     return jnp.clip(self.largest * (counter - self.wait) / self.ramp, 0, self.largest)

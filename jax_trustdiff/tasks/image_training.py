@@ -1,6 +1,7 @@
-"""What the trainings of networks that are told a noise level share: data, the step, the run from start to metrics.
+"""What the trainings whose lengths are counted in images share: data, the step, the run from start to metrics.
 
-Their schedules, averages and lengths are counted in images (Karras et al. 2022, arXiv:2206.00364).
+So are those of diffusion models, of classifiers of noisy images and of watermark codecs: schedules, averages and lengths, as in
+Karras et al. 2022 (arXiv:2206.00364).
 """
 
 import collections
@@ -26,9 +27,11 @@ from jax_trustdiff.training.checkpoints import Checkpoints
 from jax_trustdiff.training.ema import half_life_decay
 from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir
-from jax_trustdiff.types import InputError, PerExample, Variables
+from jax_trustdiff.types import InputError, PerExample, PyTree, Variables
 
 BatchLoss = Callable[[Variables, pipeline.Batch, jax.Array], PerExample]  # (variables, batch, key) -> [b]
+# (params, collections, batch, key) -> (scalar loss, (new collections, metrics)), for a loss with a state
+StatefulLoss = Callable[[PyTree, PyTree, pipeline.Batch, jax.Array], tuple[jax.Array, tuple[PyTree, dict]]]
 Validate = Callable[[state.TrainState], dict[str, float]]  # metrics of the averaged parameters
 
 
@@ -55,6 +58,7 @@ def load_data(config) -> Data:
 class Trainer:
   """The parts of a run that `loop.fit` needs."""
 
+  init: Callable[[jax.Array], Variables]  # fresh variables of the network, with the state of the loss
   step: state.StepFn
   optimizer: object  # optax.GradientTransformation
   feed: pipeline.ResidentFeed | pipeline.StreamingFeed
@@ -62,8 +66,24 @@ class Trainer:
   num_power_averages: int
 
 
-def build_trainer(config, loss: BatchLoss, data: Data, mesh, power_stds: tuple[float, ...] = ()) -> Trainer:
-  """The training step of `loss` on `data`; InputError for anything that does not fit."""
+def stateless(loss: BatchLoss) -> StatefulLoss:
+  """The mean of the losses of a batch."""
+
+  def mean(params, collections, batch, key):
+    return loss({"params": params, **collections}, batch, key).mean(), (collections, {})
+
+  return mean
+
+
+def build_trainer(
+  config,
+  init: Callable[[jax.Array], Variables],
+  loss: StatefulLoss,
+  data: Data,
+  mesh,
+  power_stds: tuple[float, ...] = (),
+) -> Trainer:
+  """The training step of `loss` on `data`, from what `init` makes; InputError for anything that does not fit."""
   batch_size, accumulate = config.train.batch_size, config.train.accumulate
   parallel.check_batch(batch_size, mesh)
   if accumulate < 1 or batch_size % accumulate:
@@ -85,10 +105,11 @@ def build_trainer(config, loss: BatchLoss, data: Data, mesh, power_stds: tuple[f
   decay(jnp.array(1))  # raises for numbers that are no average
 
   def loss_fn(params, collections, batch, key, step):
-    losses = loss({"params": params, **collections}, batch, key)
-    return losses.mean(), (collections, {"learning_rate": schedule.learning_rate(step)})
+    value, (collections, metrics) = loss(params, collections, batch, key)
+    return value, (collections, metrics | {"learning_rate": schedule.learning_rate(step)})
 
   return Trainer(
+    init=init,
     step=state.make_train_step(loss_fn, optimizer, decay, accumulate, power_stds),
     optimizer=optimizer,
     feed=pipeline.make_feed(
@@ -123,7 +144,7 @@ def train(
   InputError, before anything is written, for an init_from or a batch that does not fit.
   """
   variables = _initial_variables(config, network) if config.init_from else None
-  arguments = (network.init, trainer.optimizer)
+  arguments = (trainer.init, trainer.optimizer)
   placed = (mesh, config.mesh.rules, trainer.num_power_averages)
   _check_batch(trainer, state.shapes(*arguments, *placed), data, config.train.batch_size)
 
