@@ -329,6 +329,32 @@ def write_folder(root, images, labels, names):
     Image.fromarray(image).save(folder / f"{i:03}.{'PNG' if i % 2 else 'png'}")
 
 
+def test_pictures_of_no_class(tmp_path):
+  """In the order of their paths, from all folders; grey ones if asked for."""
+  images = np.random.default_rng(0).integers(0, 256, (3, 5, 6, 3), np.uint8)
+  (tmp_path / "b").mkdir()
+  for name, image in zip(("a.png", "b/a.png", "c.bmp"), images, strict=True):
+    Image.fromarray(image).save(tmp_path / name)
+  source = source_of("pictures", tmp_path)
+  np.testing.assert_array_equal(source.take(np.arange(3))["image"], images)
+  assert not source.labelled and source.class_names == ("unlabelled",)
+  grey = source_of("pictures", tmp_path, channels=1)
+  assert grey.image_shape == (5, 6, 1)
+  wanted = images @ [0.299, 0.587, 0.114]
+  assert np.abs(grey.take(np.arange(3))["image"][..., 0] - wanted).max() < 1
+  assert source_of("pictures", tmp_path, size=4).image_shape == (4, 4, 3)
+  for changes, message in (
+    (dict(channels=2), "1 or 3 channels, got 2"),
+    (dict(split="test"), "no split 'test'"),
+    (dict(path=str(tmp_path / "a.png")), "is a file; expected a folder"),
+  ):
+    with pytest.raises(InputError, match=message):
+      source_of("pictures", changes.pop("path", tmp_path), **changes)
+  Image.fromarray(images[0][:4]).save(tmp_path / "d.png")
+  with pytest.raises(InputError, match="size"):
+    source_of("pictures", tmp_path)
+
+
 def test_image_folder(tmp_path):
   images, labels = images_labels(9)
   write_folder(tmp_path / "train", images[:6], labels[:6], ["ant", "bee", "cat"])

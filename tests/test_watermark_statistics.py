@@ -191,7 +191,7 @@ def test_published_keys_are_the_draws_of_torch():
 
 def test_a_key_file_comes_back():
   key = keys.WatermarkKey(
-    "0110", codec_sha256="ab", image_shape=(64, 64, 3), drawn=True, user=7, salt=keys.fresh_salt()
+    "0110", codec_sha256="ab", image_shape=(64, 64, 3), drawn=True, user=7, salt=keys.salt("secret", 7)
   )
   again = keys.from_json(key.to_json(), "key.json")
   assert again == key and again.key_id == key.key_id

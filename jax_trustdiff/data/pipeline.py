@@ -11,7 +11,7 @@ and of a source with soft labels also 'soft_label': float32 [b num_classes].
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -204,6 +204,27 @@ def eval_batches(source: ImageSource, batch_size: int, mesh: Mesh) -> Iterator[B
     batch = source.take(np.minimum(index, len(source) - 1))
     batch = batch | {"id": batch["id"].astype(np.int32), "mask": index < len(source)}
     yield parallel.to_global(mesh, batch)
+
+
+def map_images(
+  function: Callable[[Batch], PyTree],
+  source: ImageSource,
+  batch_size: int,
+  mesh: Mesh,
+  progress: Callable[[int], None] | None = None,
+) -> PyTree:
+  """What `function` finds of each image, on the host: its arrays [b ...] of `eval_batches` together, [n ...].
+
+  progress: called with the number of images done so far.
+  """
+  parts, done = [], 0
+  for batch in eval_batches(source, batch_size, mesh):
+    found, mask = parallel.gather_to_host((function(batch), batch["mask"]))
+    parts.append(jax.tree.map(lambda rows, mask=mask: rows[mask], found))
+    done += int(mask.sum())
+    if progress is not None:
+      progress(done)
+  return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
 
 def _in_all_processes(here: bool) -> bool:

@@ -21,6 +21,7 @@ from jax_trustdiff.data.image_store import MANIFEST, PLAN, image_store
 from jax_trustdiff.data.readers import Decoded, Rows, existing, natural, split_folder
 from jax_trustdiff.data.records import (
   SPLITS,
+  UNLABELLED,
   ImageSource,
   agreed_names,
   check_split,
@@ -139,6 +140,41 @@ def image_folder(
   return image_source([images.now()], [labels], str(root), num_classes, names)
 
 
+def pictures(
+  path: str,
+  size: int = 0,
+  channels: int = 3,
+  *,
+  split: str = "train",
+  class_names: tuple[str, ...] = (),
+) -> ImageSource:
+  """The image files of a folder and of all folders in it, in the order of their paths; of no known class.
+
+  size: as for `image_folder`. channels: 3, or 1 for shades of grey (ITU-R 601). All are of the split 'train', and of no class of
+  others.
+  """
+  check_split(split)
+  root = existing(path, "a folder of images")
+  if not root.is_dir():
+    raise InputError(f"{root} is a file; expected a folder of images")
+  if channels not in (1, 3):
+    raise InputError(f"pictures have 1 or 3 channels, got {channels}")
+  files = sorted(file for file in root.rglob("*") if file.suffix.lower() in readers.IMAGE_SUFFIXES)
+  if not files or split != "train":
+    what = "images" if split == "train" else f"split {split!r}"
+    raise InputError(
+      f"{root} holds no {what}; expected files that end in {', '.join(readers.IMAGE_SUFFIXES)}"
+    )
+  shape = (size, size) if size else _common_extent(files)
+
+  def decode(position):
+    return readers.decode_image(files[position], str(files[position]), size, channels)
+
+  images = Decoded(len(files), (*shape, channels), decode)
+  source = image_source([images.now()], [np.zeros(len(files), np.int32)], str(root), 1, (UNLABELLED,))
+  return dataclasses.replace(source, labelled=False)
+
+
 def idx(
   path: str, num_classes: int = 0, *, split: str = "train", class_names: tuple[str, ...] = ()
 ) -> ImageSource:
@@ -227,6 +263,7 @@ SOURCES: dict[str, Callable[..., ImageSource]] = {
   "npz": npz,
   "npy": npy,
   "image_folder": image_folder,
+  "pictures": pictures,
   "cifar_binary": cifar_binary,
   "cifar_python": cifar_python,
   "tfds": tfds,

@@ -132,12 +132,20 @@ class LinenCodec(abc.ABC):
     return {"params": {name: part["params"] for name, part in parts.items()}}
 
   def encode(self, variables: Variables, x: Unit, bits: Bits) -> Unit:
-    """The images with these bits in them, 0 or 1, [b n]."""
+    """The images with these bits in them, 0 or 1, [b n]; InputError for images that do not fit."""
+    self._check_images(x)
     return self.modules[0].apply({"params": variables["params"]["encoder"]}, x, bits)
 
   def decode(self, variables: Variables, x: Unit) -> Logits:
-    """Logits [b n] of the bits: positive for 1."""
+    """Logits [b n] of the bits: positive for 1; InputError for images that do not fit."""
+    self._check_images(x)
     return self.modules[1].apply({"params": variables["params"]["decoder"]}, x)
+
+  def _check_images(self, x: jax.Array) -> None:
+    channels = self.image_shape[-1]
+    check(
+      x.shape[-1] == channels, f"{type(self).__name__} takes images of {channels} channels, got {x.shape[-1]}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +168,11 @@ class StampCodec(LinenCodec):
   def modules(self) -> tuple[nn.Module, nn.Module]:
     dtype = DTYPES[self.dtype]
     return StampEncoder(dtype), StampDecoder(self.num_bits, dtype)
+
+  def _check_images(self, x: jax.Array) -> None:
+    check(
+      x.shape[1:] == self.image_shape, f"StampCodec takes images of {self.image_shape}, got {x.shape[1:]}"
+    )
 
 
 class ResidualEncoder(nn.Module):

@@ -1,18 +1,24 @@
-"""Watermark codecs from configs and from files."""
+"""Watermark codecs from configs and from files, and the keys that go with them."""
 
-import hashlib
 import os
+import pathlib
+import secrets
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff.interop import export
 from jax_trustdiff.models.registry import CODECS, NETWORKS
-from jax_trustdiff.tasks.denoisers import Section
-from jax_trustdiff.types import InputError, Variables, WatermarkCodec
+from jax_trustdiff.tasks import store_writing
+from jax_trustdiff.tasks.denoisers import UNTRAINED, Section
+from jax_trustdiff.training.workdir import Workdir
+from jax_trustdiff.types import InputError, WatermarkCodec, to_unit
+from jax_trustdiff.watermark import keys
 from jax_trustdiff.watermark.codec import BoundCodec
+
+KEY_FILE = "key.json"
 
 
 def build_codec(section: Section, image_shape: tuple[int, int, int]) -> WatermarkCodec:
@@ -36,17 +42,114 @@ def load_codec(directory: str | os.PathLike) -> BoundCodec:
       f"{directory} holds another network ({name}), no watermark codec: train one with configs/wm_codec.py"
     )
   codec, variables, _ = export.load_export(directory)
-  return BoundCodec(codec, jax.tree.map(jax.numpy.asarray, variables))
+  return BoundCodec(codec, jax.tree.map(jnp.asarray, variables))
 
 
-def parameters_sha256(variables: Variables) -> str:
-  """64 hexadecimal digits of the names, shapes, types and values of all parameters, whatever file they lie in."""
-  digest = hashlib.sha256()
-  leaves = {
-    jax.tree_util.keystr(path): np.asarray(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"])
-  }
-  for path in sorted(leaves):
-    digest.update(f"{path} {leaves[path].dtype.str} {leaves[path].shape}\n".encode())
-    digest.update(np.ascontiguousarray(leaves[path]).tobytes())
-  return digest.hexdigest()
+def load_or_make(config, path: str, key: str) -> BoundCodec:
+  """The codec of the export `path`, which is config.<key>, or with 'untrained' a fresh one of config.untrained_codec."""
+  if not path:
+    raise InputError(
+      f"{key} is empty: give the export of a codec, --config.{key}=<run of wm_codec.py>/export"
+    )
+  if path != UNTRAINED:
+    return load_codec(path)
+  section = config_lib.to_plain(config.untrained_codec)
+  codec = build_codec(section["model"], tuple(section["image_shape"]))
+  return BoundCodec(codec, jax.jit(codec.init)(jax.random.key(config.seed)))
+
+
+def fingerprint(codec: BoundCodec) -> str:
+  """SHA-256 of the codec's description and of the values of its parameters, whatever file they lie in."""
+  return store_writing.fingerprint(repr(codec.network), codec.variables["params"])
+
+
+def marked_bytes(codec: BoundCodec, images: jax.typing.ArrayLike, bits: jax.typing.ArrayLike) -> jax.Array:
+  """Marked images as they are stored: uint8 of images uint8."""
+  return jnp.round(255 * codec.encode(to_unit(images), bits)).astype(jnp.uint8)
+
+
+# ---- keys ----
+
+
+def read_key(path: str | os.PathLike) -> keys.WatermarkKey:
+  """The key in a key file, or in the folder of a run that wrote one."""
+  file = pathlib.Path(path).expanduser()
+  if file.is_dir():
+    file = file / KEY_FILE
+  if not file.is_file():
+    raise InputError(f"no key file {file}: wm_embed.py writes one, {KEY_FILE} in its workdir")
+  return keys.from_json(file.read_text(), str(file))
+
+
+def read_secret(path: str) -> str:
+  """The secret in a text file, without white space around it; InputError where there is none."""
+  file = pathlib.Path(path).expanduser()
+  if not file.is_file():
+    raise InputError(f"no file with a secret, {file}: write a long random text into one, and keep it")
+  secret = file.read_text().strip()
+  if len(secret) < 16:
+    raise InputError(
+      f"the secret in {file} has {len(secret)} characters; give at least 16 that nobody guesses"
+    )
+  return secret
+
+
+def choose_key(
+  section, codec: BoundCodec, image_shape: tuple[int, int, int], workdir: Workdir
+) -> keys.WatermarkKey:
+  """The key that images are marked with: that of an earlier session of this run, or what the section says.
+
+  section: file (a key file), demo (the published bits of that length), secret_file and user (that user's string), or none
+  of them: a fresh random string. InputError for more than one, or a key of another codec, length or size of images.
+  """
+  asked = [name for name in ("file", "demo", "secret_file") if section[name]]
+  if len(asked) > 1:
+    raise InputError(f"the key comes from one place, found key.{' and key.'.join(asked)}")
+  num_bits = codec.network.num_bits
+  if (workdir / KEY_FILE).exists():
+    key = read_key(workdir / KEY_FILE)
+  elif section.file:
+    key = read_key(section.file)
+  else:
+    drawn = not section.demo
+    if section.demo:
+      bits = keys.demo_bits(num_bits)
+    else:
+      secret = read_secret(section.secret_file) if section.secret_file else secrets.token_hex(32)
+      bits = keys.as_text(keys.draw(secret, [section.user], num_bits)[0])
+    return keys.WatermarkKey(
+      bits=bits,
+      codec_sha256=fingerprint(codec),
+      image_shape=image_shape,
+      quantisation="uint8",
+      drawn=drawn,
+      user=section.user,
+      salt=keys.salt(secret, section.user) if drawn else "",
+    )
+  check_key(key, codec)
+  if key.image_shape != image_shape:
+    raise InputError(f"the key is for images of {key.image_shape}, and these are {image_shape}")
+  return key
+
+
+def check_key(key: keys.WatermarkKey, codec: BoundCodec) -> None:
+  """InputError unless the key is one of this codec."""
+  if key.scheme != "codec":
+    raise InputError(f"the key is one of the scheme {key.scheme!r}, not of a codec")
+  if len(key.bits) != codec.network.num_bits:
+    raise InputError(
+      f"the key has {len(key.bits)} bits and the codec {codec.network.num_bits}: they do not belong together"
+    )
+  if key.codec_sha256 != fingerprint(codec):
+    raise InputError("the key was made for another codec: its codec_sha256 is not that of this one")
+
+
+def write_key(workdir: Workdir, key: keys.WatermarkKey) -> None:
+  """key.json in the workdir, for nobody but its owner to read."""
+  temporary = workdir / f".{KEY_FILE}.tmp"
+  temporary.unlink(missing_ok=True)
+  with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    file.write(key.to_json() + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, workdir / KEY_FILE)

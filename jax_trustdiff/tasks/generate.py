@@ -6,18 +6,13 @@ s mod n = w, the processes of a multi-host run are workers of their own, and who
 manifest.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
-import shutil
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from jax_trustdiff import config as config_lib
@@ -27,11 +22,11 @@ from jax_trustdiff.data.readers import read_npy
 from jax_trustdiff.data.records import UNLABELLED
 from jax_trustdiff.diffusion.guidance import Guided
 from jax_trustdiff.evaluation import report
-from jax_trustdiff.tasks import denoisers, noise_classifiers, reports
+from jax_trustdiff.tasks import denoisers, noise_classifiers, reports, store_writing
 from jax_trustdiff.tasks.sampling import ImageSampler, balanced_labels, random_labels
-from jax_trustdiff.training.progress import ProgressReport, duration, say
+from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir, write_atomically
-from jax_trustdiff.types import DenoiseFn, InputError, Stopped
+from jax_trustdiff.types import DenoiseFn, InputError
 
 MOST_CLASSES_SHOWN = 20  # as metrics of their own
 
@@ -56,7 +51,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   nfe counts evaluations of the guided denoiser for an image, network_evaluations those of the model's network in them;
   a classifier is evaluated once for each of the former, with a backward pass.
   """
-  worker, num_workers = _worker(config)
+  worker, num_workers = store_writing.worker(config.generate, "generate")
   mesh = parallel.make_local_mesh()
   model = load_model(config)
   labels_of, labels_origin = _labels(config, model.num_classes)
@@ -68,7 +63,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 
   workdir.open()
   parallel.barrier("workdir")
-  store = ImageStore(path, plan, maker())
+  store = ImageStore(path, plan, store_writing.maker())
   denoise = model.guided if labels_of else model.guided.denoiser
   made, seconds = _generate(
     config, store, sampler, denoise, labels_of, range(worker, plan.num_shards, num_workers)
@@ -100,12 +95,6 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   return metrics
 
 
-def maker() -> str:
-  """Where images are computed: version of JAX and kind of device, on which, among other things, their rounding depends."""
-  device = jax.devices()[0]
-  return f"jax {jax.__version__}, {device.platform} {device.device_kind}"
-
-
 def load_model(config) -> Model:
   """The model of config.init_from, or with 'untrained' a freshly initialised one of config.untrained."""
   denoiser, known = denoisers.load_or_make(config)
@@ -113,7 +102,7 @@ def load_model(config) -> Model:
     network = dataclasses.replace(denoiser.network, dtype=config.generate.dtype)
     denoiser = dataclasses.replace(denoiser, network=network)
   described = {name: known[name] for name in ("model", "denoiser")}
-  fingerprint, names = _fingerprint(described, denoiser.variables), known["class_names"]
+  fingerprint, names = store_writing.fingerprint(described, denoiser.variables), known["class_names"]
   num_classes, guidance = denoiser.network.num_classes, config_lib.to_plain(config.guidance)
   path, scale = guidance.pop("classifier"), guidance.pop("classifier_scale")
   guided = Guided(denoiser, guidance["scale"] != 1, **guidance)
@@ -125,32 +114,13 @@ def load_model(config) -> Model:
     guided = dataclasses.replace(guided, classifier=classifier, classifier_scale=scale)
     num_classes, names = classifier.network.num_classes, about["class_names"]
     described = {name: about[name] for name in ("model", noise_classifiers.KEY)}
-    guidance |= {"classifier": _fingerprint(described, classifier.variables), "classifier_scale": scale}
+    guidance |= {
+      "classifier": store_writing.fingerprint(described, classifier.variables),
+      "classifier_scale": scale,
+    }
   elif scale != 1:
     raise InputError(f"guidance.classifier_scale={scale} needs guidance.classifier, the export of one")
   return Model(guided, num_classes, names, fingerprint, guidance)
-
-
-def _fingerprint(described: Any, variables: Any) -> str:
-  digest = hashlib.sha256(json.dumps(config_lib.to_plain(described), sort_keys=True).encode())
-  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-    array = np.asarray(leaf, order="C")
-    digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-    digest.update(array.reshape(-1).view(np.uint8))
-  return digest.hexdigest()
-
-
-def _worker(config) -> tuple[int, int]:
-  """(number of this worker, how many there are), every process of a multi-host run counted as one."""
-  section = config.generate
-  if not 0 <= section.worker < section.num_workers:
-    raise InputError(
-      f"generate.worker={section.worker} of generate.num_workers={section.num_workers}: workers are 0, 1, ..."
-    )
-  if section.num_workers > 1 and not section.store:
-    raise InputError("several workers need one store: give all of them the same --config.generate.store=DIR")
-  processes = jax.process_count()
-  return section.worker * processes + jax.process_index(), section.num_workers * processes
 
 
 def _labels(config, num_classes: int) -> tuple[LabelsOf | None, Any]:
@@ -253,89 +223,15 @@ def _generate(
   shards: range,
 ) -> tuple[int, float]:
   """Makes those of `shards` that are missing: (images made, seconds it took). Stopped after SIGTERM."""
-  todo = _todo(store, shards, config.generate.verify)
-  plan = store.plan
-  total, left = (sum(len(plan.rows(shard)) for shard in part) for part in (shards, todo))
-  say(
-    f"{total - left:,} of {total:,} images are there already"
-    if left < total
-    else f"{total:,} images to generate"
-  )
-  if not todo:
-    return 0, 0.0
-  _check_space(store, left)
   denoise = parallel.replicate_to_devices(sampler.mesh, denoise)
-  began, made = time.perf_counter(), 0
-  with _stop_signals(), ProgressReport("image", total, total - left) as progress:
-    estimate = _Estimate(left)
 
-    def update(count):
-      estimate(made + count)
-      progress.update(total - left + made + count)
+  def make(rows, progress):
+    ids = config.generate.first_id + np.asarray(rows, np.int64)
+    labels = None if labels_of is None else labels_of(ids)
+    images = sampler(denoise, ids, labels, progress=progress)
+    return images, np.zeros(len(ids), np.int32) if labels is None else labels, ids
 
-    for shard in todo:
-      ids = config.generate.first_id + np.asarray(plan.rows(shard), np.int64)
-      labels = None if labels_of is None else labels_of(ids)
-      images = sampler(denoise, ids, labels, progress=update)
-      store.write(shard, images, np.zeros(len(ids), np.int32) if labels is None else labels, ids)
-      made += len(ids)
-  return made, time.perf_counter() - began
-
-
-def _todo(store: ImageStore, shards: range, verify: bool) -> list[int]:
-  found = {shard: store.fault(shard, thorough=verify) for shard in shards}
-  for shard, fault in found.items():
-    if fault:
-      say(f"{fault}: shard {shard} is made again")
-  return [shard for shard, fault in found.items() if fault is not None]
-
-
-def _check_space(store: ImageStore, num_images: int) -> None:
-  needed, free = (
-    store.plan.bytes_of_images * num_images // store.plan.num_images,
-    shutil.disk_usage(store.path).free,
-  )
-  say(f"estimate: {_size(needed)} in {store.path}, of {_size(free)} free")
-  if needed > free:
-    raise InputError(
-      f"the images need {_size(needed)} in {store.path} and {_size(free)} are free: take another store"
-    )
-
-
-class _Estimate:
-  """Says once, as soon as a program that is compiled has run, how long the rest takes."""
-
-  def __init__(self, total: int):
-    self._total, self._first, self._said = total, None, False
-
-  def __call__(self, done: int) -> None:
-    now = time.perf_counter()
-    if self._first is None:
-      self._first = (now, done)
-    elif not self._said and done > self._first[1] and now - self._first[0] > 1:
-      self._said = True
-      speed = (done - self._first[1]) / (now - self._first[0])
-      say(f"estimate: {speed:,.1f} images/s, about {duration((self._total - done) / speed)} to go")
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[None]:
-  """SIGTERM raises Stopped at once: nothing is half written. A second one kills."""
-
-  def handler(number, frame):
-    del frame
-    signal.signal(number, signal.SIG_DFL)
-    raise Stopped("every shard written so far is kept; the same command goes on from there", 128 + number)
-
-  try:
-    before = signal.signal(signal.SIGTERM, handler)
-  except ValueError:  # not the main thread (a notebook server): its owner has the signals
-    yield
-    return
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGTERM, before)
+  return store_writing.fill(store, shards, make, config.generate.verify, "to generate")
 
 
 def _report(
@@ -388,8 +284,3 @@ def _shown(
   rows = [images + [blank] * (each - len(images)) for images in found.values()]
   caption = f"The first images of each of {len(classes)} classes, a row for each class, up to {each}"
   return np.stack(sum(rows, [])), each, caption
-
-
-def _size(count: int) -> str:
-  unit = next(u for u in (2**40, 2**30, 2**20, 2**10) if count >= u or u == 2**10)
-  return f"{count / unit:.1f} {dict(zip((2**40, 2**30, 2**20, 2**10), ('TiB', 'GiB', 'MiB', 'KiB'), strict=True))[unit]}"

@@ -1,5 +1,6 @@
 """Labels generated images with a classifier, and chooses those of which it is surest."""
 
+import functools
 from typing import Any
 
 import jax
@@ -92,12 +93,14 @@ def _probabilities(
       part = source.select(np.arange(start, min(start + size, len(source))))
       known = journal.get(f"{start // size:06d}")
       if known is None:
-        rows = []
-        for batch in pipeline.eval_batches(part, config.eval.batch_size, mesh):
-          seen, mask = parallel.gather_to_host((predict(logits_fn, batch), batch["mask"]))
-          rows.append(seen[mask])
-          progress.update(start + sum(map(len, rows)))
-        known = {"probabilities": np.concatenate(rows).astype(np.float32)}
+        rows = pipeline.map_images(
+          functools.partial(predict, logits_fn),
+          part,
+          config.eval.batch_size,
+          mesh,
+          progress=lambda done, start=start: progress.update(start + done),
+        )
+        known = {"probabilities": rows.astype(np.float32)}
         journal.put(f"{start // size:06d}", known)
       found.append(known["probabilities"])
       progress.update(start + len(part))

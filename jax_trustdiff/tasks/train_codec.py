@@ -77,8 +77,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   }
   if parallel.is_main_process():
     section = codecs.model_section(config.model, codec)
-    about = {"sha256": codecs.parameters_sha256(variables), "metrics": metrics}
-    export.save_export(workdir / "export", section, variables, about)
+    export.save_export(workdir / "export", section, variables, {"metrics": metrics})
     reports.codec_report(config, workdir, found, metrics)
   return metrics
 
@@ -109,11 +108,6 @@ def bits_of(codec: WatermarkCodec, seed: int, ids: jax.typing.ArrayLike) -> Bits
   """The string that each held-out image is marked with: the same at every look at it."""
   keys = image_training.held_out_keys(seed, ids)
   return jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (codec.num_bits,)))(keys).astype(jnp.int32)
-
-
-def marked_bytes(codec: BoundCodec, images: jax.typing.ArrayLike, bits: Bits) -> jax.Array:
-  """The marked images as they are stored: uint8."""
-  return jnp.round(255 * codec.encode(to_unit(images), bits)).astype(jnp.uint8)
 
 
 class Watch:
@@ -148,7 +142,7 @@ class Watch:
   def _judged(self, variables, batch):
     bound = BoundCodec(self._codec, variables)
     bits = bits_of(self._codec, self._config.seed, batch["id"])
-    marked = to_unit(marked_bytes(bound, batch["image"], bits))
+    marked = to_unit(codecs.marked_bytes(bound, batch["image"], bits))
     right = (bound.decode(marked) > 0) == (bits > 0)
     return {
       "bit_accuracy": right.mean(1),
@@ -174,15 +168,15 @@ def measure(config, codec: BoundCodec, data: image_training.Data, mesh) -> Measu
   @jax.jit
   def mark(codec, batch):
     bits = bits_of(codec.network, config.seed, batch["id"])
-    return {"marked": marked_bytes(codec, batch["image"], bits), "bits": bits}
+    return {"marked": codecs.marked_bytes(codec, batch["image"], bits), "bits": bits}
 
   read = jax.jit(lambda codec, batch: codec.decode(to_unit(batch["image"])) > 0)
-  found = _rows(functools.partial(mark, codec), source, size, mesh)
+  found = pipeline.map_images(functools.partial(mark, codec), source, size, mesh)
   marked, bits = found["marked"], found["bits"] > 0
 
   def matching(images):
     attacked = records.image_source([images], [np.zeros(len(images), np.int32)], "attacked images")
-    return _rows(functools.partial(read, codec), attacked, size, mesh) == bits
+    return pipeline.map_images(functools.partial(read, codec), attacked, size, mesh) == bits
 
   clean = matching(marked)
   after = {UNATTACKED: _mean(clean)}
@@ -196,15 +190,6 @@ def measure(config, codec: BoundCodec, data: image_training.Data, mesh) -> Measu
   shown = min(config.report.num_images, len(source))
   images = source.take(np.arange(shown))["image"]
   return Measured(after, images, marked[:shown], clean[:shown].sum(1), len(source))
-
-
-def _rows(judge, source: records.ImageSource, batch_size: int, mesh):
-  """What `judge` finds of each image of the source, on the host; filling rows left out."""
-  parts = []
-  for batch in pipeline.eval_batches(source, batch_size, mesh):
-    found, mask = parallel.gather_to_host((judge(batch), batch["mask"]))
-    parts.append(jax.tree.map(lambda rows, mask=mask: rows[mask], found))
-  return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
 
 def _mean(right: np.ndarray) -> tuple[float, float]:

@@ -28,7 +28,9 @@ class BoundCodec:
 
   def encode(self, x: Unit, bits: jax.typing.ArrayLike) -> Unit:
     """The images with these bits in them; bits [b n], or [n] for the same in all."""
-    return self.network.encode(self.variables, x, jnp.broadcast_to(jnp.asarray(bits), (len(x), self.network.num_bits)))
+    return self.network.encode(
+      self.variables, x, jnp.broadcast_to(jnp.asarray(bits), (len(x), self.network.num_bits))
+    )
 
   def decode(self, x: Unit) -> Logits:
     """Logits [b n] of the bits: positive for a 1."""

@@ -7,7 +7,6 @@ The published demo keys are neither.
 import dataclasses
 import hashlib
 import json
-import secrets
 from collections.abc import Iterable
 from typing import Any, SupportsInt
 
@@ -132,9 +131,9 @@ def draw(
   return streams(secret, f"key of {scheme}", users, num_bits).astype(np.int8)
 
 
-def fresh_salt() -> str:
-  """32 random hexadecimal digits of the operating system."""
-  return secrets.token_hex(16)
+def salt(secret: str, user: int) -> str:
+  """32 hexadecimal digits that nobody without the secret can tell from chance: the salt of that user's key."""
+  return np.packbits(streams(secret, "salt of a key", [user], 128)).tobytes().hex()
 
 
 def as_text(bits: Integer[Array, "n"] | Integer[np.ndarray, "n"]) -> str:

@@ -1,0 +1,312 @@
+"""From a codec to a verdict: marking a data set, its key file, interruptions, detection in images, files and samples, bad input."""
+
+import json
+import stat
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import jax_trustdiff
+from jax_trustdiff import config as config_lib
+from jax_trustdiff.data import image_store
+from jax_trustdiff.data.sources import SOURCES
+from jax_trustdiff.interop import export
+from jax_trustdiff.models.watermark_codec import ResidualCodec
+from jax_trustdiff.tasks import codecs, detect_watermark, embed_watermark, train_codec
+from jax_trustdiff.training.workdir import Workdir
+from jax_trustdiff.types import InputError, RunError, to_unit
+from jax_trustdiff.watermark import keys
+
+NUM_BITS = 16
+SECRET = "nobody guesses this text of the test"
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory):
+  """The export of a codec for the digits, 16 bits, that reads what it writes."""
+  path = tmp_path_factory.mktemp("codec") / "run"
+  overrides = {
+    "model.num_bits": NUM_BITS,
+    "model.width": 16,
+    "model.strength": 0.8,
+    "train.num_images": 19200,
+    "train.num_train": 800,
+    "train.validate_every": 600,
+    "train.checkpoint_every": 600,
+    "train.log_every": 100,
+    "schedule.learning_rate": 0.005,
+    "schedule.rampup_images": 320,
+    "ema.half_life": 640,
+    "gate.largest": 0.0,
+  }
+  config = config_lib.load("configs/wm_codec.py:smoke", overrides)
+  for kind in config.distortions:
+    config.distortions[kind] = ()
+  metrics = complete(train_codec, path, config)
+  assert metrics["bit_accuracy"] > 0.99
+  return path / "export"
+
+
+def complete(task, path, config):
+  workdir = Workdir(path, config)
+  return workdir.complete(lambda: task.run(config, workdir))
+
+
+def embed_config(codec, **overrides):
+  return config_lib.load("configs/wm_embed.py:smoke", {"init_from": str(codec)} | overrides)
+
+
+def detect_config(codec, **overrides):
+  usual = {"codec": str(codec), "key.demo": False, "detect.false_positive_rate": 1e-3}
+  return config_lib.load("configs/wm_detect.py:smoke", usual | overrides)
+
+
+@pytest.fixture(scope="module")
+def marked(codec, tmp_path_factory):
+  """(workdir of marked digits, metrics)."""
+  path = tmp_path_factory.mktemp("marked") / "run"
+  return path, complete(embed_watermark, path, embed_config(codec, **{"embed.least_bit_accuracy": 0.9}))
+
+
+# ---- marking ----
+
+
+def test_a_store_holds_the_marked_images(codec, marked):
+  path, metrics = marked
+  image_store.verify(path / "images")
+  store, clean = SOURCES["image_store"](path=str(path / "images")), SOURCES["digits"]()
+  np.testing.assert_array_equal(store.labels, clean.labels[:96])
+  np.testing.assert_array_equal(store.ids, clean.ids[:96])
+  assert store.class_names == clean.class_names and metrics["num_images"] == metrics["marked"] == 96
+  bound, key = jax_trustdiff.load_codec(codec), codecs.read_key(path)
+  images = np.asarray(store.images)
+  np.testing.assert_array_equal(
+    images, jax.jit(codecs.marked_bytes)(bound, np.asarray(clean.images[:96]), key.array)
+  )
+  right = (np.asarray(bound.decode(to_unit(images))) > 0) == key.array
+  assert right.mean() == pytest.approx(metrics["bit_accuracy"]) and right.mean() > 0.9
+  assert right.all(1).mean() == pytest.approx(metrics["exact"])
+  error = np.square((images - clean.images[:96].astype(float)) / 255).mean((1, 2, 3))
+  assert (-10 * np.log10(error)).mean() == pytest.approx(metrics["psnr"], abs=1e-3)
+  assert (path / "report/report.html").read_text().count("data:image/png") == 2
+
+
+def test_a_key_file_is_its_owners(codec, marked):
+  path, _ = marked
+  key = codecs.read_key(path)
+  assert stat.S_IMODE((path / "key.json").stat().st_mode) == 0o600
+  assert key.drawn and len(key.bits) == NUM_BITS and key.image_shape == (8, 8, 1)
+  assert key.codec_sha256 == codecs.fingerprint(jax_trustdiff.load_codec(codec))
+  about = json.loads((path / "images/plan.json").read_text())["provenance"]
+  assert about["key_id"] == key.key_id and key.bits not in json.dumps(about)
+
+
+@pytest.mark.parametrize("killed_after", [0, 1, 2])
+def test_marking_that_was_cut_off_ends_in_the_same_store(codec, marked, tmp_path, monkeypatch, killed_after):
+  path, _ = marked
+  config = embed_config(codec, **{"embed.least_bit_accuracy": 0.9, "key.file": str(path)})
+  write, written = image_store.ImageStore.write, []
+
+  def dies(self, shard, *arrays):
+    if len(written) == killed_after:
+      raise KeyboardInterrupt
+    written.append(shard)
+    write(self, shard, *arrays)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(image_store.ImageStore, "write", dies)
+    with pytest.raises(KeyboardInterrupt):
+      complete(embed_watermark, tmp_path / "run", config)
+  metrics = complete(embed_watermark, tmp_path / "run", config)
+  assert metrics["marked"] == 96 - 32 * killed_after and metrics["num_images"] == 96
+  for file in (path / "images").iterdir():
+    assert (tmp_path / "run/images" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_fresh_key_survives_an_interruption(codec, tmp_path, monkeypatch):
+  """The string that the first shard carries is that of the second."""
+  config = embed_config(codec, **{"embed.least_bit_accuracy": 0.9})
+  with monkeypatch.context() as patch:
+    patch.setattr(image_store.ImageStore, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      complete(embed_watermark, tmp_path / "run", config)
+  before = (tmp_path / "run/key.json").read_bytes()
+  assert complete(embed_watermark, tmp_path / "run", config)["marked"] == 0
+  assert (tmp_path / "run/key.json").read_bytes() == before
+
+
+def test_two_workers_with_one_secret_fill_one_store(codec, tmp_path):
+  (tmp_path / "secret.txt").write_text(SECRET + "\n")
+  for worker in (0, 1):
+    config = embed_config(
+      codec,
+      **{
+        "key.secret_file": str(tmp_path / "secret.txt"),
+        "key.user": 7,
+        "embed.store": str(tmp_path / "store"),
+        "embed.num_workers": 2,
+        "embed.worker": worker,
+      },
+    )
+    metrics = complete(embed_watermark, tmp_path / f"run{worker}", config)
+    assert ("bit_accuracy" in metrics) == bool(worker)
+  assert image_store.verify(tmp_path / "store") == 96
+  user = keys.as_text(keys.draw(SECRET, [7], NUM_BITS)[0])
+  assert codecs.read_key(tmp_path / "run0").bits == codecs.read_key(tmp_path / "run1").bits == user
+
+
+def test_a_codec_that_is_not_read_gives_no_store(tmp_path):
+  config = config_lib.load("configs/wm_embed.py:smoke", {"embed.least_bit_accuracy": 0.999})
+  with pytest.raises(RunError, match=r"only .*% of the bits are read back .* gets no manifest"):
+    complete(embed_watermark, tmp_path / "run", config)
+  assert not (tmp_path / "run/images/manifest.json").exists()
+  with pytest.raises(InputError, match="is not complete"):
+    SOURCES["image_store"](path=str(tmp_path / "run/images"))
+
+
+@pytest.mark.parametrize(
+  "overrides, message",
+  [
+    ({"init_from": ""}, "init_from is empty: give the export of a codec"),
+    ({"key.demo": True, "key.file": "x"}, "the key comes from one place, found key.file and key.demo"),
+    ({"key.file": "nowhere.json"}, "no key file nowhere.json"),
+    ({"key.secret_file": "nowhere.txt"}, "no file with a secret, nowhere.txt"),
+    ({"embed.num_workers": 2, "embed.store": "s"}, "several workers need one key"),
+    ({"embed.images_per_shard": 0}, "images_per_shard must be at least 1"),
+    ({"embed.batch_size": 0}, "batch size 0"),
+    ({"embed.least_bit_accuracy": 2.0}, "least_bit_accuracy must lie between 0 and 1"),
+    ({"untrained_codec.image_shape": (16, 16, 1)}, r"made for images of \(16, 16, 1\).*embed.any_size=True"),
+    (
+      {"untrained_codec.image_shape": (8, 8, 3), "embed.any_size": True},
+      "ResidualCodec takes images of 3 channels, got 1",
+    ),
+    ({"untrained_codec.model.num_bits": 12, "key.demo": True}, "published strings of 4, 8"),
+  ],
+)
+def test_marking_refuses_in_one_line(tmp_path, overrides, message):
+  with pytest.raises(InputError, match=message) as caught:
+    complete(embed_watermark, tmp_path / "run", config_lib.load("configs/wm_embed.py:smoke", overrides))
+  assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_key_of_another_codec_is_refused(codec, marked, tmp_path):
+  path, _ = marked
+  other = ResidualCodec(NUM_BITS, (8, 8, 1), width=16, num_blocks=1, strength=0.4)
+  section = dict(
+    name="residual_codec", num_bits=NUM_BITS, width=16, num_blocks=1, strength=0.4, image_shape=(8, 8, 1)
+  )
+  export.save_export(tmp_path / "other", section, jax.tree.map(np.asarray, other.init(jax.random.key(9))))
+  config = embed_config(tmp_path / "other", **{"key.file": str(path)})
+  with pytest.raises(InputError, match="the key was made for another codec"):
+    complete(embed_watermark, tmp_path / "run", config)
+  with pytest.raises(InputError, match="the key was made for another codec"):
+    complete(detect_watermark, tmp_path / "run", detect_config(tmp_path / "other", **{"key.file": str(path)}))
+  fewer = {"key.file": str(path), "codec": "untrained"}
+  with pytest.raises(InputError, match="the key has 16 bits and the codec 32"):
+    complete(
+      detect_watermark,
+      tmp_path / "run",
+      config_lib.load("configs/wm_detect.py:smoke", fewer | {"key.demo": False}),
+    )
+  assert not (tmp_path / "run").exists()
+
+
+# ---- detection ----
+
+
+def test_marked_images_are_detected_and_clean_ones_are_not(codec, marked, tmp_path):
+  path, _ = marked
+  config = detect_config(
+    codec,
+    **{
+      "key.file": str(path),
+      "data.name": "image_store",
+      "data.path": str(path / "images"),
+      "null.name": "digits",
+      "detect.num_images": 0,
+    },
+  )
+  metrics = complete(detect_watermark, tmp_path / "run", config)
+  verdict = json.loads((tmp_path / "run/verdict.json").read_text())
+  assert metrics["detected"] == 1 and verdict["decision"] is True and verdict["key_drawn"] is True
+  assert (metrics["matches"], metrics["threshold"], metrics["num_images"]) == (16, 15, 96)
+  assert metrics["p"] == 2.0**-16 and verdict["bits"] == codecs.read_key(path).bits
+  low, high = verdict["detected_share_interval"]
+  assert 0 < low < metrics["detected_share"] <= high <= 1
+  null = verdict["null"]
+  assert null["num_images"] == len(SOURCES["digits"]()) and abs(null["bit_accuracy"] - 0.5) < 0.3
+  assert null["false_positive_rate"] < 0.2 and null["p"] > 1e-3
+  page = (tmp_path / "run/report/report.html").read_text()
+  assert "These images carry the mark" in page and page.count("data:image/png") == 3
+
+
+def test_files_of_pictures_are_read(codec, marked, tmp_path):
+  path, _ = marked
+  store = SOURCES["image_store"](path=str(path / "images"))
+  folder = tmp_path / "suspect"
+  folder.mkdir()
+  for i, image in enumerate(np.asarray(store.images[:32])):
+    Image.fromarray(image[..., 0]).save(folder / f"{i}.png")
+  config = detect_config(
+    codec, **{"key.file": str(path), "data.name": "pictures", "data.path": str(folder), "data.channels": 1}
+  )
+  metrics = complete(detect_watermark, tmp_path / "run", config)
+  assert metrics["num_images"] == 32 and metrics["detected"] == 1
+
+
+def test_the_user_is_found_among_many(codec, tmp_path):
+  (tmp_path / "secret.txt").write_text(SECRET)
+  secret = {"key.secret_file": str(tmp_path / "secret.txt")}
+  complete(embed_watermark, tmp_path / "marked", embed_config(codec, **secret, **{"key.user": 37}))
+  of_store = {"data.name": "image_store", "data.path": str(tmp_path / "marked/images")}
+  few = detect_config(
+    codec, **secret, **of_store, **{"key.num_users": 40, "detect.false_positive_rate": 1e-2}
+  )
+  metrics = complete(detect_watermark, tmp_path / "few", few)
+  assert (metrics["detected"], metrics["user"], metrics["matches"]) == (1, 37, 16)
+  assert metrics["p"] == pytest.approx(1 - (1 - 2.0**-16) ** 40)
+  many = detect_config(codec, **secret, **of_store, **{"key.num_users": 10**6})
+  with pytest.raises(
+    InputError, match=r"16 bits cannot reach a false-positive rate of 0.001 among 1000000 key"
+  ):
+    complete(detect_watermark, tmp_path / "many", many)
+  assert not (tmp_path / "many").exists()
+
+
+def test_samples_of_a_model_without_a_mark(codec, marked, tmp_path):
+  path, _ = marked
+  config = detect_config(
+    codec,
+    **{"key.file": str(path), "init_from": "untrained", "sampler.num_steps": 3, "detect.num_images": 32},
+  )
+  metrics = complete(detect_watermark, tmp_path / "run", config)
+  assert metrics["num_images"] == 32 and metrics["detected"] == 0
+
+
+@pytest.mark.parametrize(
+  "overrides, message",
+  [
+    ({"key.demo": False}, "give one of key.file"),
+    ({"codec": ""}, "codec is empty: give the export of a codec"),
+    ({"key.num_users": 3}, "goes with key.secret_file"),
+    ({"key.num_users": 0}, "key.num_users"),
+    (
+      {"detect.false_positive_rate": 1e-12},
+      "32 bits cannot reach a false-positive rate of 1e-12.*take at least 40 bits",
+    ),
+    ({"detect.false_positive_rate": 0.0}, "must lie between 0 and 1"),
+    (
+      {"untrained_codec.image_shape": (16, 16, 1)},
+      r"made for images of \(16, 16, 1\), and these are \(8, 8, 1\)",
+    ),
+    ({"init_from": "untrained", "detect.num_images": 0}, "so many samples"),
+    ({"init_from": "nowhere"}, "nowhere"),
+    ({"data.name": "pictures", "data.path": "nowhere"}, "nowhere"),
+  ],
+)
+def test_detection_refuses_in_one_line(tmp_path, overrides, message):
+  with pytest.raises(InputError, match=message) as caught:
+    complete(detect_watermark, tmp_path / "run", config_lib.load("configs/wm_detect.py:smoke", overrides))
+  assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
