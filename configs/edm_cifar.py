@@ -76,6 +76,11 @@ def get_config(variant: str = "") -> ConfigDict:
   )
   config.augment = dict(name="none")  # of the images as bytes, unknown to the network
   config.augment_pipe = dict(name="edm", probability=0.12)  # told to the network
+  config.watermark = dict(  # marks every training image with one string of bits; '': none
+    codec="",  # the export of a codec (wm_codec.py)
+    key="",  # a key file, or the run of wm_embed.py that wrote one
+    survives_augment=False,  # the codec was trained through what `augment` does
+  )
   config.optimizer = dict(
     name="adamw", weight_decay=0.0, b1=0.9, b2=0.999, no_decay="", clip_norm=0.0, eps=1e-8
   )

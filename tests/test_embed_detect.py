@@ -1,6 +1,8 @@
 """From a codec to a verdict: marking a data set, its key file, interruptions, detection in images, files and samples, bad input."""
 
 import json
+import os
+import shutil
 import stat
 
 import jax
@@ -14,7 +16,7 @@ from jax_trustdiff.data import image_store
 from jax_trustdiff.data.sources import SOURCES
 from jax_trustdiff.interop import export
 from jax_trustdiff.models.watermark_codec import ResidualCodec
-from jax_trustdiff.tasks import codecs, detect_watermark, embed_watermark, train_codec
+from jax_trustdiff.tasks import codecs, detect_watermark, embed_watermark, train_codec, train_diffusion
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, RunError, to_unit
 from jax_trustdiff.watermark import keys
@@ -211,6 +213,73 @@ def test_a_key_of_another_codec_is_refused(codec, marked, tmp_path):
       config_lib.load("configs/wm_detect.py:smoke", fewer | {"key.demo": False}),
     )
   assert not (tmp_path / "run").exists()
+
+
+# ---- a diffusion model on marked images ----
+
+FEW = {"train.num_images": 96, "train.num_train": 80, "train.num_validation": 16, "train.validate_every": 3}
+FEW |= {
+  "train.checkpoint_every": 3,
+  "eval.num_samples": 0,
+  "eval.num_pictures": 4,
+  "augment_pipe.name": "none",
+}
+
+
+def edm_config(**overrides):
+  return config_lib.load("configs/wm_edm.py:smoke", FEW | overrides)
+
+
+@pytest.mark.slow
+def test_marking_batch_by_batch_trains_the_same_model(codec, marked, tmp_path):
+  """As on the store: to rounding, since the program is another one. Without marks it is another model."""
+  path, _ = marked
+  of_store = {"data.name": "image_store", "data.path": str(path / "images")}
+  first = complete(train_diffusion, tmp_path / "store", edm_config(**of_store))
+  on_the_fly = {"watermark.codec": str(codec), "watermark.key": str(path)}
+  second = complete(train_diffusion, tmp_path / "fly", edm_config(**on_the_fly))
+  clean = complete(train_diffusion, tmp_path / "clean", edm_config())
+  assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
+  assert clean["loss"] != pytest.approx(first["loss"], rel=1e-2)
+  described = [export.read_description(tmp_path / name / "export") for name in ("store", "fly", "clean")]
+  key_id = codecs.read_key(path).key_id
+  assert [about.get("watermark") for about in described] == [{"key_id": key_id}] * 2 + [None]
+  shutil.rmtree(tmp_path / "fly/checkpoints/3")
+  (tmp_path / "fly/result.json").unlink()
+  assert complete(train_diffusion, tmp_path / "fly", edm_config(**on_the_fly)) == second
+
+
+@pytest.mark.parametrize(
+  "overrides, message",
+  [
+    ({"watermark.codec": ""}, "watermark.codec and watermark.key go together"),
+    ({"augment.name": "flip"}, "does not survive augment.name='flip'"),
+    (
+      {"data.name": "npz", "data.path": "rgb.npz"},
+      r"the key is for images of \(8, 8, 1\), and these are \(8, 8, 3\)",
+    ),
+    ({"data.name": "image_store", "data.path": "marked"}, "the images are marked already, with the key"),
+    (
+      {
+        "data.name": "image_store",
+        "data.path": "marked",
+        "watermark.codec": "",
+        "watermark.key": "",
+        "augment.name": "flip",
+      },
+      "does not survive augment.name='flip'",
+    ),
+  ],
+)
+def test_training_on_marks_refuses_in_one_line(codec, marked, tmp_path, monkeypatch, overrides, message):
+  path, _ = marked
+  monkeypatch.chdir(tmp_path)
+  np.savez("rgb.npz", x_train=np.zeros((128, 8, 8, 3), np.uint8), y_train=np.zeros(128, np.int32))
+  os.symlink(path / "images", "marked")
+  usual = {"watermark.codec": str(codec), "watermark.key": str(path)}
+  with pytest.raises(InputError, match=message) as caught:
+    complete(train_diffusion, tmp_path / "run", edm_config(**usual | overrides))
+  assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
 # ---- detection ----

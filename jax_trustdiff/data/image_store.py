@@ -217,8 +217,8 @@ def image_store(
   """A complete image store, memory-mapped; ids are those of the store.
 
   The folders `path`/train and `path`/test are the splits if they are there; otherwise `path` is 'train'. File sizes are
-  compared with the manifest, hashes are not: see `verify`. Images without labels are of one class, and `labelled` is False. InputError
-  for a store that is not complete.
+  compared with the manifest, hashes are not: see `verify`. Images without labels are of one class, and `labelled` is False; `key_id`
+  is that of the watermark that wm_embed.py wrote into them. InputError for a store that is not complete.
   """
   check_split(split)
   root = split_folder(existing(path, "the folder of an image store"), split)
@@ -241,7 +241,8 @@ def image_store(
     raise InputError(
       f"{root} holds {len(source)} images and {len(ids)} ids, and {MANIFEST} says {manifest['num_images']}"
     )
-  return dataclasses.replace(source, ids=ids, labelled=labelled)
+  key_id = str(manifest.get("provenance", {}).get("key_id", ""))
+  return dataclasses.replace(source, ids=ids, labelled=labelled, key_id=key_id)
 
 
 def verify(path: str | os.PathLike) -> int:

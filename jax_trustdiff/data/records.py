@@ -24,6 +24,7 @@ class ImageSource:
   ids: int64 [n]; an image's position in its whole data set, the same after any selection
   soft_labels: float [n num_classes], rows that sum to 1, an array or `Rows`, where labels are not certain; usually None
   labelled: False for images of no known class, whose labels are all 0 and mean nothing
+  key_id: names the string of bits that all images are marked with; '' where none is known
   """
 
   images: np.ndarray | Rows
@@ -33,6 +34,7 @@ class ImageSource:
   num_classes: int
   soft_labels: np.ndarray | Rows | None = None
   labelled: bool = True
+  key_id: str = ""
 
   def __len__(self) -> int:
     return len(self.labels)

@@ -1,5 +1,6 @@
-"""Watermark codecs from configs and from files, and the keys that go with them."""
+"""Watermark codecs from configs and from files, the keys that go with them, and marks in training."""
 
+import dataclasses
 import os
 import pathlib
 import secrets
@@ -9,12 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from jax_trustdiff import config as config_lib
+from jax_trustdiff.data.records import ImageSource
 from jax_trustdiff.interop import export
 from jax_trustdiff.models.registry import CODECS, NETWORKS
 from jax_trustdiff.tasks import store_writing
 from jax_trustdiff.tasks.denoisers import UNTRAINED, Section
 from jax_trustdiff.training.workdir import Workdir
-from jax_trustdiff.types import InputError, WatermarkCodec, to_unit
+from jax_trustdiff.types import InputError, Variables, WatermarkCodec, to_unit
 from jax_trustdiff.watermark import keys
 from jax_trustdiff.watermark.codec import BoundCodec
 
@@ -66,6 +68,50 @@ def fingerprint(codec: BoundCodec) -> str:
 def marked_bytes(codec: BoundCodec, images: jax.typing.ArrayLike, bits: jax.typing.ArrayLike) -> jax.Array:
   """Marked images as they are stored: uint8 of images uint8."""
   return jnp.round(255 * codec.encode(to_unit(images), bits)).astype(jnp.uint8)
+
+
+# ---- marks in the training of a diffusion model ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Marker:
+  """Marks the images of every batch with one string: the data set of wm_embed.py without its copy on the disk."""
+
+  codec: BoundCodec
+  key: keys.WatermarkKey
+
+  def __call__(self, variables: Variables, images: jax.Array) -> jax.Array:
+    """Marked bytes; `variables` are those of the codec, given so that they are no constants of a program."""
+    return marked_bytes(dataclasses.replace(self.codec, variables=variables), images, self.key.array)
+
+
+def load_marker(config, source: ImageSource) -> Marker | None:
+  """The marker of the section config.watermark for these images, None where it asks for none.
+
+  InputError where one of codec and key is missing, they do not belong together, the images have another size or are marked
+  already, and for an augmentation that a mark, also of images that are marked already, does not survive.
+  """
+  section = config.watermark
+  if bool(section.codec) != bool(section.key):
+    raise InputError(
+      "watermark.codec and watermark.key go together: the export of a codec, and a key file of wm_embed.py"
+    )
+  if (section.codec or source.key_id) and config.augment.name != "none" and not section.survives_augment:
+    raise InputError(
+      f"the images are marked, and the mark does not survive augment.name={config.augment.name!r}: take 'none', or set "
+      "watermark.survives_augment=True if the codec was trained through it"
+    )
+  if not section.codec:
+    return None
+  if source.key_id:
+    raise InputError(
+      f"the images are marked already, with the key {source.key_id}: leave watermark.codec empty"
+    )
+  codec, key = load_codec(section.codec), read_key(section.key)
+  check_key(key, codec)
+  if source.image_shape != key.image_shape:
+    raise InputError(f"the key is for images of {key.image_shape}, and these are {source.image_shape}")
+  return Marker(codec, key)
 
 
 # ---- keys ----

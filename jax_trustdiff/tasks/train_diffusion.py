@@ -6,6 +6,7 @@ are sections of the config, so that the steps from their baseline to their final
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -16,11 +17,11 @@ from jax_trustdiff.data import augment, records, sources
 from jax_trustdiff.diffusion.augment import AUGMENT_PIPES
 from jax_trustdiff.diffusion.denoisers import Denoiser, Preconditioning
 from jax_trustdiff.diffusion.losses import LOSSES, DenoisingLoss
-from jax_trustdiff.tasks import denoisers, generation_metrics, image_training, posthoc_ema, reports
+from jax_trustdiff.tasks import codecs, denoisers, generation_metrics, image_training, posthoc_ema, reports
 from jax_trustdiff.tasks.sampling import ImageSampler, balanced_labels
 from jax_trustdiff.training import state
 from jax_trustdiff.training.workdir import Workdir
-from jax_trustdiff.types import DiffusionNetwork, InputError, Variables, to_signed
+from jax_trustdiff.types import OBJECTIVE, DiffusionNetwork, InputError, Variables, to_signed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +47,15 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   data = image_training.load_data(config)
   model = build_model(config, data.train)
   power_stds = tuple(config.ema.power_stds)
-  loss = image_training.stateless(make_loss(config, model))
-  trainer = image_training.build_trainer(config, model.network.init, loss, data, mesh, power_stds)
-  watch = Watch(config, model, data, mesh, workdir)
+  marker = codecs.load_marker(config, data.train)
+  loss = image_training.stateless(make_loss(config, model, marker))
+  trainer = image_training.build_trainer(config, _init(model, marker), loss, data, mesh, power_stds)
+  watch = Watch(config, model, data, mesh, workdir, marker)
   variables, metrics = image_training.train(config, model.network, trainer, data, mesh, workdir, watch)
   if parallel.is_main_process():
     described = {"class_names": data.train.class_names, "sampler": config_lib.to_plain(config.sampler)}
+    if key_id := marker.key.key_id if marker else data.train.key_id:
+      described["watermark"] = {"key_id": key_id}
     denoisers.save_denoiser(
       workdir / "export",
       denoisers.model_section(config.model, model.network),
@@ -76,14 +80,22 @@ def build_model(config, source: sources.ImageSource) -> Model:
   )
 
 
-def make_loss(config, model: Model) -> image_training.BatchLoss:
-  """The loss (variables, batch, key) -> [b] of training: augmented images, with dropout."""
+def _init(model: Model, marker: codecs.Marker | None) -> Callable[[jax.Array], Variables]:
+  """Fresh variables of the network, with those of the codec that marks its images as the state of the objective."""
+  state_of = {OBJECTIVE: {"codec": marker.codec.variables}} if marker else {}
+  return lambda key: model.network.init(key) | state_of
+
+
+def make_loss(config, model: Model, marker: codecs.Marker | None = None) -> image_training.BatchLoss:
+  """The loss (variables, batch, key) -> [b] of training: images marked if so, augmented, with dropout."""
   flips = config_lib.build(augment.AUGMENTATIONS, config.augment)
   pipe = config_lib.build(AUGMENT_PIPES, config.augment_pipe)
 
   def loss(variables, batch, key):
     flip_key, pipe_key, noise_key, dropout_key = jax.random.split(key, 4)
-    x0, augment_labels = pipe(to_signed(flips(batch["image"], flip_key)), pipe_key)
+    images = marker(variables[OBJECTIVE]["codec"], batch["image"]) if marker else batch["image"]
+    variables = {name: tree for name, tree in variables.items() if name != OBJECTIVE}
+    x0, augment_labels = pipe(to_signed(flips(images, flip_key)), pipe_key)
     labels = augment_labels if pipe.num_labels else None
     denoiser = model.denoiser(variables, batch["label"], augment_labels=labels, dropout_key=dropout_key)
     return model.loss(denoiser, x0, noise_key)
@@ -94,15 +106,24 @@ def make_loss(config, model: Model) -> image_training.BatchLoss:
 class Watch:
   """What is looked at during training: callable as `loop.fit`'s validate(state) -> metrics of the averaged parameters.
 
-  The loss on the held-out images at noise of its own, the same at every step; and the first eval.num_pictures samples, as
+  The loss on the held-out images, marked as those of training, at noise of its own, the same at every step; and the first eval.num_pictures samples, as
   workdir/samples/<step>.png. With eval.num_samples > 0 also FID, KID, precision and recall of so many samples against the
-  first eval.num_reference training images (0: all), at the first validation, the last, and those at multiples of
+  first eval.num_reference training images (0: all), before they are marked, at the first validation, the last, and those at multiples of
   eval.metrics_every steps (0: no others). Also writes the power-function averages to workdir/ema.
   """
 
-  def __init__(self, config, model: Model, data: image_training.Data, mesh, workdir: Workdir):
+  def __init__(
+    self,
+    config,
+    model: Model,
+    data: image_training.Data,
+    mesh,
+    workdir: Workdir,
+    marker: codecs.Marker | None = None,
+  ):
     _check_eval(config, data)
     self._config, self._model, self._data, self._mesh, self._workdir = config, model, data, mesh, workdir
+    self._marker = marker
     sampler = denoisers.build_sampler(config.sampler, model.preconditioning)
     self._sampler = ImageSampler(
       sampler, model.network.image_shape, mesh, config.eval.batch_size, config.seed
@@ -114,7 +135,8 @@ class Watch:
 
   def __call__(self, train_state: state.TrainState) -> dict[str, float]:
     config, variables = self._config, train_state.ema_variables
-    judge = functools.partial(self._loss, variables)
+    of_codec = self._marker.codec.variables if self._marker else None
+    judge = functools.partial(self._loss, variables, of_codec)
     found = image_training.held_out_means(judge, self._data, config.eval.batch_size, self._mesh)
     step = int(train_state.step)
     if config.eval.num_samples and self._measures_at(step):
@@ -133,10 +155,11 @@ class Watch:
     """The PNG files of samples, by step."""
     return sorted((self._workdir / "samples").glob("*.png"))
 
-  def _losses(self, variables, batch):
+  def _losses(self, variables, of_codec, batch):
     keys = image_training.held_out_keys(self._config.seed, batch["id"])
     denoiser = self._model.denoiser(variables, batch["label"])
-    return {"loss": self._model.loss(denoiser, to_signed(batch["image"]), keys)}
+    images = self._marker(of_codec, batch["image"]) if self._marker else batch["image"]
+    return {"loss": self._model.loss(denoiser, to_signed(images), keys)}
 
   def _sample(self, variables, ids: np.ndarray, what: str = "") -> np.ndarray:
     labels = balanced_labels(ids, self._data.train.num_classes)
