@@ -34,6 +34,7 @@ SECTIONS = {
   "likelihood": ("jax_trustdiff.diffusion.likelihood:LIKELIHOODS", ("solver",)),
   "data": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
   "null": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
+  "reference": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
   "generated": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
   "metrics.features": ("jax_trustdiff.tasks.generation_metrics:FEATURES", ()),
   "augment": ("jax_trustdiff.data.augment:AUGMENTATIONS", ()),

@@ -14,12 +14,20 @@ import jax_trustdiff
 from jax_trustdiff import config as config_lib
 from jax_trustdiff.data import image_store
 from jax_trustdiff.data.sources import SOURCES
+from jax_trustdiff.evaluation import image_attacks
 from jax_trustdiff.interop import export
 from jax_trustdiff.models.watermark_codec import ResidualCodec
-from jax_trustdiff.tasks import codecs, detect_watermark, embed_watermark, train_codec, train_diffusion
+from jax_trustdiff.tasks import (
+  attack_watermark,
+  codecs,
+  detect_watermark,
+  embed_watermark,
+  train_codec,
+  train_diffusion,
+)
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, RunError, to_unit
-from jax_trustdiff.watermark import keys
+from jax_trustdiff.watermark import keys, removal
 
 NUM_BITS = 16
 SECRET = "nobody guesses this text of the test"
@@ -378,4 +386,89 @@ def test_samples_of_a_model_without_a_mark(codec, marked, tmp_path):
 def test_detection_refuses_in_one_line(tmp_path, overrides, message):
   with pytest.raises(InputError, match=message) as caught:
     complete(detect_watermark, tmp_path / "run", config_lib.load("configs/wm_detect.py:smoke", overrides))
+  assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+# ---- attacks ----
+
+
+def attack_config(codec, marked, attacks, **overrides):
+  usual = {
+    "codec": str(codec),
+    "key.demo": False,
+    "key.file": str(marked),
+    "data.name": "image_store",
+    "data.path": str(marked / "images"),
+    "detect.batch_size": 32,
+    "detect.false_positive_rate": 1e-3,
+    "detect.num_images": 64,
+  }
+  config = config_lib.load("configs/wm_attack.py:cpu", usual)
+  for kind in config.attacks:
+    config.attacks[kind] = attacks.get(kind, ())
+  config_lib.override(config, overrides)
+  return config
+
+
+ATTACKS = {"noise": (0.05, 0.5), "flip": (1.0,), "flip_bits": (0.8,)}
+
+
+@pytest.fixture(scope="module")
+def attacked(codec, marked, tmp_path_factory):
+  path = tmp_path_factory.mktemp("attacked") / "run"
+  return path, complete(attack_watermark, path, attack_config(codec, marked[0], ATTACKS))
+
+
+def test_attacks_leave_less_of_the_mark(codec, marked, attacked):
+  path, metrics = attacked
+  assert metrics["none/bit_accuracy"] > 0.95 and metrics["none/matches"] == 16
+  assert metrics["none/bit_accuracy"] > metrics["noise_0.05/bit_accuracy"] > metrics["noise_0.5/bit_accuracy"]
+  assert metrics["flip_bits_0.8/bit_accuracy"] < 0.5 < metrics["flip_bits_0.8/p"]
+  assert metrics["noise_0.05/psnr"] > metrics["noise_0.5/psnr"] and "none/psnr" not in metrics
+  store = SOURCES["image_store"](path=str(marked[0] / "images"))
+  images = image_attacks.apply("noise", 0.5, np.asarray(store.images[:64]))
+  bound, key = jax_trustdiff.load_codec(codec), codecs.read_key(marked[0]).array
+  right = (np.asarray(bound.decode(to_unit(images))) > 0) == key
+  assert right.mean() == pytest.approx(metrics["noise_0.5/bit_accuracy"])
+  table = (path / "report/table.md").read_text()
+  assert len(table.splitlines()) == 2 + 5 and f"| {metrics['none/matches']} of 16 |" in table
+  assert (path / "report/report.html").read_text().count("data:image/png") == 2
+
+
+def test_attacks_that_are_done_are_kept(codec, marked, attacked, tmp_path, monkeypatch):
+  path, metrics = attacked
+  config, apply = attack_config(codec, marked[0], ATTACKS), image_attacks.apply
+
+  def dies(kind, strength, images, seed):
+    if strength == 0.5:
+      raise KeyboardInterrupt
+    return apply(kind, strength, images, seed)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(image_attacks, "apply", dies)
+    with pytest.raises(KeyboardInterrupt):
+      complete(attack_watermark, tmp_path / "run", config)
+  done = {file.stem for file in (tmp_path / "run/journal").glob("*.npz")}
+  assert done == {"none", "flip_1", "flip_bits_0.8", "noise_0.05"}
+  with monkeypatch.context() as patch:
+    patch.setattr(removal, "flip_bits", None)  # not called again
+    assert complete(attack_watermark, tmp_path / "run", config) == metrics
+
+
+@pytest.mark.parametrize(
+  "attacks, overrides, message",
+  [
+    ({"steps": (4.0,)}, {}, "attacks.steps is on a model: give init_from"),
+    ({"regenerate": (0.3,)}, {}, "attacks.regenerate needs a diffusion model"),
+    ({"jpeg": (0.0,)}, {}, "strengths of the attack 'jpeg' lie within 1 to 100"),
+    ({"weight_bits": (2.5,)}, {"init_from": "untrained"}, "whole numbers of at least 2, found 2.5"),
+    ({"prune": (1.5,)}, {"init_from": "untrained"}, "above 0 and at most 1, found 1.5"),
+    ({}, {"detect.num_images": 1}, "at least 2, found 1"),
+    ({}, {"detect.false_positive_rate": 1e-9}, "16 bits cannot reach"),
+    ({}, {"key.file": ""}, "give one of key.file"),
+  ],
+)
+def test_attacks_refuse_in_one_line(codec, marked, tmp_path, attacks, overrides, message):
+  with pytest.raises(InputError, match=message) as caught:
+    complete(attack_watermark, tmp_path / "run", attack_config(codec, marked[0], attacks, **overrides))
   assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()

@@ -401,6 +401,51 @@ def accuracy_curves(
     axis.legend(loc="best", handlelength=1.6, labelspacing=0.3)
 
 
+def attack_panels(
+  attacks: Mapping[str, Sequence[tuple[float, float, float]]], path: Path, *, before: float
+) -> None:
+  """PNG with a panel for each attack: bit accuracy and, dashed, the decimal logarithm of the p-value against the strength.
+
+  attacks: {name: [(strength, bit accuracy, p)]}. before: the bit accuracy without an attack, a line in every panel.
+  """
+  from matplotlib import ticker
+
+  if not attacks:
+    raise InputError("panels of attacks need at least one attack")
+  columns = min(4, len(attacks))
+  rows = -(-len(attacks) // columns)
+  with _figure(path, (3.1 * columns, 2.5 * rows + 0.3)) as figure:
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(attacks) :]:
+      axis.remove()
+    lowest = min(math.log10(max(p, 1e-300)) for points in attacks.values() for _, _, p in points)
+    for i, (axis, (name, points)) in enumerate(zip(axes, attacks.items(), strict=False)):
+      strengths, accuracies, ps = np.array(sorted(points), float).T
+      axis.plot(strengths, accuracies, "o-", ms=4, color=_BLUE, label="bit accuracy")
+      axis.axhline(before, color=_MUTED, linewidth=1, linestyle=":", label="no attack")
+      axis.axhline(0.5, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), label="chance")
+      axis.set_title(name.replace("_", " "))
+      axis.set_ylim(0.4, 1.03)
+      axis.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
+      right = axis.twinx()
+      logarithms = np.log10(np.maximum(ps, 1e-300))
+      right.plot(strengths, logarithms, "s--", ms=3, color=_VERMILLION, linewidth=1.1, label="log10 p")
+      right.grid(False)
+      right.set_ylim(min(1.1 * lowest, -1), 0.5)
+      right.tick_params(axis="y", colors=_VERMILLION)
+      if i == 0:
+        handles, labels = (
+          a + b
+          for a, b in zip(axis.get_legend_handles_labels(), right.get_legend_handles_labels(), strict=True)
+        )
+    figure.legend(handles, labels, loc="outside upper left", ncols=4, handlelength=1.8)
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+  """A table in Markdown, its last line ended."""
+  return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *lines))
+
+
 # ---- grids of images ----
 
 

@@ -34,24 +34,25 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   section = config.detect
   mesh = parallel.make_local_mesh()
   codec = codecs.load_or_make(config, config.codec, "codec")
-  codebook, key = _keys(config, codec)
+  codebook, key = load_keys(config, codec)
   detection.threshold(
     codebook.shape[1], section.false_positive_rate, len(codebook)
   )  # raises for too few bits
   parallel.check_batch(section.batch_size, mesh)
   reports.check(config)
   model = denoisers.load_or_make(config)[0] if config.init_from else None
-  null = _source(config, config.null, codec, key) if config.null.name != "none" else None
+  null = source_of(config, config.null, codec, key) if config.null.name != "none" else None
   if model is None:
-    source = _source(config, config.data, codec, key)
+    source = source_of(config, config.data, codec, key)
   else:
-    _check_size(config, model.network.image_shape, "the model's samples", codec, key)
-    sampler = _sampler(config, model, mesh)
+    check_size(config, model.network.image_shape, "the model's samples", codec, key)
+    sampler = build_sampler(config, model, mesh)
 
   workdir.open()
   if model is not None:
-    source = _samples(config, model, sampler)
-  logits = _logits(codec, source, section.batch_size, mesh)
+    images = sample(config, model, sampler)
+    source = records.image_source([images], [np.zeros(len(images), np.int32)], "samples")
+  logits = logits_of(codec, source, section.batch_size, mesh)
   verdict = detection.judge(
     logits,
     codebook,
@@ -69,7 +70,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   best = codebook[verdict.user or 0]
   matches = {"these images": np.asarray(detection.count_matches(logits, best))}
   if null is not None:
-    clean = _logits(codec, null, section.batch_size, mesh)
+    clean = logits_of(codec, null, section.batch_size, mesh)
     matches["images without a mark"] = np.asarray(detection.count_matches(clean, best))
     found["null"] = _null(clean, best, verdict, matches["images without a mark"])
   metrics = _metrics(found)
@@ -79,7 +80,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   return metrics
 
 
-def _keys(config, codec: BoundCodec) -> tuple[np.ndarray, keys.WatermarkKey | None]:
+def load_keys(config, codec: BoundCodec) -> tuple[np.ndarray, keys.WatermarkKey | None]:
   """(the strings [users n] that are looked for, the key file's key or None)."""
   section, num_bits = config.key, codec.network.num_bits
   if sum(map(bool, (section.file, section.demo, section.secret_file))) != 1:
@@ -102,16 +103,17 @@ def _keys(config, codec: BoundCodec) -> tuple[np.ndarray, keys.WatermarkKey | No
   return keys.draw(codecs.read_secret(section.secret_file), range(section.num_users), num_bits), None
 
 
-def _source(config, section, codec: BoundCodec, key: keys.WatermarkKey | None) -> records.ImageSource:
+def source_of(config, section, codec: BoundCodec, key: keys.WatermarkKey | None) -> records.ImageSource:
   """The images of a section of SOURCES, at most detect.num_images of them; InputError for another size."""
   source = config_lib.build(sources.SOURCES, section, split=config.detect.split)
   if config.detect.num_images:
     source = records.limit(source, min(config.detect.num_images, len(source)))
-  _check_size(config, source.image_shape, "these", codec, key)
+  check_size(config, source.image_shape, "these", codec, key)
   return source
 
 
-def _check_size(config, shape, whose: str, codec: BoundCodec, key: keys.WatermarkKey | None) -> None:
+def check_size(config, shape, whose: str, codec: BoundCodec, key: keys.WatermarkKey | None) -> None:
+  """InputError for images of another size than the marked ones, unless detect.any_size."""
   marked = key.image_shape if key else codec.network.image_shape
   if tuple(shape) != marked and not config.detect.any_size:
     raise InputError(
@@ -121,25 +123,25 @@ def _check_size(config, shape, whose: str, codec: BoundCodec, key: keys.Watermar
   jax.eval_shape(lambda codec, x: codec.decode(x), codec, x)  # raises where they do not fit
 
 
-def _sampler(config, model, mesh) -> ImageSampler:
+def build_sampler(config, model, mesh, **changes) -> ImageSampler:
+  """The sampler of config.sampler, some of its keys changed, for images of the model."""
   section = config.detect
   if section.num_images < 1:
     raise InputError("detect.num_images must be at least 1: so many samples of the model are looked at")
-  sampler = denoisers.build_sampler(config_lib.to_plain(config.sampler), model.preconditioning)
+  sampler = denoisers.build_sampler(config_lib.to_plain(config.sampler) | changes, model.preconditioning)
   return ImageSampler(sampler, model.network.image_shape, mesh, section.batch_size, config.seed)
 
 
-def _samples(config, model, sampler: ImageSampler) -> records.ImageSource:
-  """detect.num_images samples of the model, of balanced classes where it has some."""
+def sample(config, model, sampler: ImageSampler, what: str = "sample") -> np.ndarray:
+  """detect.num_images samples of the model, uint8 [n h w c], of balanced classes where it has some."""
   ids = np.arange(config.detect.num_images)
   num_classes = model.network.num_classes
   labels = balanced_labels(ids, num_classes) if num_classes else None
   denoise = parallel.replicate_to_devices(sampler.mesh, Guided(model) if num_classes else model)
-  images = sampler(denoise, ids, labels, "sample")
-  return records.image_source([images], [np.zeros(len(ids), np.int32)], "samples")
+  return sampler(denoise, ids, labels, what)
 
 
-def _logits(codec: BoundCodec, source: records.ImageSource, batch_size: int, mesh) -> np.ndarray:
+def logits_of(codec: BoundCodec, source: records.ImageSource, batch_size: int, mesh) -> np.ndarray:
   """Logits [m n] of the bits of every image."""
   decode = jax.jit(lambda codec, batch: codec.decode(to_unit(batch["image"])))
   placed = parallel.replicate_to_devices(mesh, codec)

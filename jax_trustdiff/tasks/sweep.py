@@ -307,7 +307,7 @@ def _report(
   if config.baseline:
     others = [f"{row} - {config.baseline}" for row in plan.rows if row != config.baseline]
     tables.append(("Differences, of the same seeds and images", *_table(others, plan, metrics, {})))
-  (folder / TABLE).write_text("\n".join(_markdown(header, lines) for _, header, lines in tables))
+  (folder / TABLE).write_text("\n".join(report.markdown(header, lines) for _, header, lines in tables))
   means = {
     row: {name: values.reshape(len(values), -1).mean(1).tolist() for name, values in of_row.items()}
     for row, of_row in columns.items()
@@ -334,10 +334,6 @@ def _report(
     config_text=config_lib.to_json(config),
     info=workdir.information(),
   )
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-  return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *lines))
 
 
 def _bars(config, plan: _Plan, metrics: Mapping[str, float], path: pathlib.Path) -> None:
