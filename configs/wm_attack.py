@@ -78,7 +78,7 @@ def get_config(variant: str = "") -> ConfigDict:
   config = config_lib.load(
     "configs/wm_detect.py:smoke" if "smoke" in names else "configs/wm_detect.py"
   ).unlock()
-  del config["null"]
+  del config["null"], config.detect["control_keys"]
   config.task = "attack_watermark"
   config.regenerator = ""  # the diffusion model that regenerates; '': that of init_from
   config.regenerate = dict(num_steps=18)  # from the noise level down

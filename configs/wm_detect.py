@@ -50,6 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
     batch_size=256,
     any_size=False,  # also read images of another size than the marked ones, resized
     false_positive_rate=1e-6,
+    control_keys=20,  # random strings that nothing was marked with, as a control; 0: none
   )
   config.untrained_codec = dict(  # what codec='untrained' means, for trying the machinery; otherwise not used
     model=dict(name="residual_codec", num_bits=32, width=8, num_blocks=1, strength=0.2, dtype="float32"),

@@ -312,6 +312,8 @@ def test_marked_images_are_detected_and_clean_ones_are_not(codec, marked, tmp_pa
   assert metrics["p"] == 2.0**-16 and verdict["bits"] == codecs.read_key(path).bits
   low, high = verdict["detected_share_interval"]
   assert 0 < low < metrics["detected_share"] <= high <= 1
+  control = verdict["control"]
+  assert len(control["p"]) == 20 and metrics["control/smallest_p"] == min(control["p"]) > 2.0**-16
   null = verdict["null"]
   assert null["num_images"] == len(SOURCES["digits"]()) and abs(null["bit_accuracy"] - 0.5) < 0.3
   assert null["false_positive_rate"] < 0.2 and null["p"] > 1e-3
@@ -373,6 +375,7 @@ def test_samples_of_a_model_without_a_mark(codec, marked, tmp_path):
       {"detect.false_positive_rate": 1e-12},
       "32 bits cannot reach a false-positive rate of 1e-12.*take at least 40 bits",
     ),
+    ({"detect.control_keys": -1}, "control_keys must be at least 0"),
     ({"detect.false_positive_rate": 0.0}, "must lie between 0 and 1"),
     (
       {"untrained_codec.image_shape": (16, 16, 1)},

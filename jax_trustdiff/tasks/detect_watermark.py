@@ -29,7 +29,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 
   matches, of num_bits; p, log10_p, threshold and detected (1 or 0) at detect.false_positive_rate; bit_accuracy of single images;
   detected_share, the part of them that reach the threshold alone, with its interval; user, if there are several. With null images also
-  null/bit_accuracy, null/false_positive_rate of single ones with its interval, and null/p of all of them together.
+  null/bit_accuracy, null/false_positive_rate of single ones with its interval, and null/p of all of them together. control/smallest_p is
+  the smallest p-value of all images together over detect.control_keys random keys that nothing was marked with.
   """
   section = config.detect
   mesh = parallel.make_local_mesh()
@@ -40,6 +41,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   )  # raises for too few bits
   parallel.check_batch(section.batch_size, mesh)
   reports.check(config)
+  if section.control_keys < 0:
+    raise InputError(f"detect.control_keys must be at least 0, found {section.control_keys}")
   model = denoisers.load_or_make(config)[0] if config.init_from else None
   null = source_of(config, config.null, codec, key) if config.null.name != "none" else None
   if model is None:
@@ -73,6 +76,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     clean = logits_of(codec, null, section.batch_size, mesh)
     matches["images without a mark"] = np.asarray(detection.count_matches(clean, best))
     found["null"] = _null(clean, best, verdict, matches["images without a mark"])
+  if section.control_keys:
+    found["control"] = _control(logits, section.control_keys, config.seed)
   metrics = _metrics(found)
   if parallel.is_main_process():
     write_atomically(workdir / VERDICT, json.dumps(found, indent=2) + "\n")
@@ -162,6 +167,15 @@ def _null(logits: np.ndarray, key: np.ndarray, verdict: detection.Verdict, match
   }
 
 
+def _control(logits: np.ndarray, num_keys: int, seed: int) -> dict:
+  """The p-values, smallest first, of all images together for keys that nothing was marked with: uniform, or conservative."""
+  num_bits = logits.shape[1]
+  others = keys.draw(f"control keys of seed {seed}", range(num_keys), num_bits, "control")
+  matches = (np.asarray(detection.read(logits)) == others).sum(1)
+  p = sorted(detection.p_value(int(count), num_bits) for count in matches)
+  return {"num_keys": num_keys, "smallest_p": p[0], "p": p}
+
+
 def _metrics(found: dict) -> dict[str, float]:
   names = (
     "matches",
@@ -177,6 +191,8 @@ def _metrics(found: dict) -> dict[str, float]:
   metrics = {name: found[name] for name in names} | {"detected": int(found["decision"])}
   if found["user"] is not None:
     metrics["user"] = found["user"]
+  if "control" in found:
+    metrics["control/smallest_p"] = found["control"]["smallest_p"]
   null = found.get("null", {})
   return metrics | {
     f"null/{name}": null[name] for name in ("bit_accuracy", "false_positive_rate", "matches", "p") if null
@@ -231,6 +247,14 @@ def _report(
       + f"; {found['key_id']}",
     ],
   ]
+  if "control" in found:
+    control = found["control"]
+    rows.append(
+      [
+        f"smallest p of {control['num_keys']} keys that nothing was marked with",
+        f"{control['smallest_p']:.3g}",
+      ]
+    )
   if "null" in found:
     null = found["null"]
     low, high = null["false_positive_rate_interval"]
