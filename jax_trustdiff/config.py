@@ -33,6 +33,7 @@ SECTIONS = {
   "solver": ("jax_trustdiff.diffusion.samplers:SAMPLERS", ()),
   "likelihood": ("jax_trustdiff.diffusion.likelihood:LIKELIHOODS", ("solver",)),
   "data": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
+  "mark": ("jax_trustdiff.watermark.initial_noise:MARKS", ("secret", "image_shape")),
   "null": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
   "reference": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
   "generated": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),

@@ -107,6 +107,18 @@ def test_rings_are_found_by_their_secret_alone():
   assert np.median(Rings("another", (32, 32, 3), high=14).p_value(marked)) > 1e-3
 
 
+def test_rings_of_all_images_together():
+  """Of images that are too noisy alone the mean is read; without a mark p is uniform over secrets, also for images that are alike."""
+  rings = Rings(SECRET, (32, 32, 3), high=14)
+  noise = jax.random.normal(jax.random.key(0), (64, 32, 32, 3))
+  blurred = 0.1 * rings.mark(noise) + jax.random.normal(jax.random.key(1), noise.shape)
+  assert np.median(rings.p_value(blurred)) > 1e-4 and rings.p_value_together(blurred) < 1e-9
+  assert rings.p_value_together(noise[:1]) == pytest.approx(rings.p_value(noise[:1])[0])
+  alike = standard_noise(1) + 0.1 * standard_noise(16, 1)
+  p = [Rings(f"secret {i}", SHAPE, high=6).p_value_together(alike) for i in range(400)]
+  assert stats.kstest(p, "uniform").pvalue > 1e-3
+
+
 @pytest.mark.parametrize("coloured", ["white", "constant", "bright", "smooth", "nothing"])
 def test_p_values_of_rings_without_a_mark_are_uniform_over_secrets_for_any_image(coloured):
   image = {

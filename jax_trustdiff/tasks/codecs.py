@@ -192,10 +192,15 @@ def check_key(key: keys.WatermarkKey, codec: BoundCodec) -> None:
 
 def write_key(workdir: Workdir, key: keys.WatermarkKey) -> None:
   """key.json in the workdir, for nobody but its owner to read."""
-  temporary = workdir / f".{KEY_FILE}.tmp"
+  write_private(workdir / KEY_FILE, key.to_json() + "\n")
+
+
+def write_private(path: pathlib.Path, text: str) -> None:
+  """A text file that only its owner may read, whole or not at all."""
+  temporary = path.with_name(f".{path.name}.tmp")
   temporary.unlink(missing_ok=True)
   with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-    file.write(key.to_json() + "\n")
+    file.write(text)
     file.flush()
     os.fsync(file.fileno())
-  os.replace(temporary, workdir / KEY_FILE)
+  os.replace(temporary, path)

@@ -120,14 +120,19 @@ class Rings:
     spectrum = jnp.where(ring >= 0, known, jnp.fft.fft2(noise[..., self.channel], norm="ortho"))
     return noise.at[..., self.channel].set(jnp.fft.ifft2(spectrum, norm="ortho").real)
 
-  def agreement(self, noise: Image) -> PerExample:
-    """The cosine, from -1 to 1, between the secret's values and the mean of the transform's real part on each ring."""
+  def means(self, noise: Image) -> Float[Array, "b rings"]:
+    """The mean of the transform's real part on each ring."""
     ring = self._rings()
     spectrum = jnp.fft.fft2(noise[..., self.channel], norm="ortho").real
-    means = jnp.stack([spectrum[:, ring == i].mean(1) for i in range(self.high - self.low + 1)], 1)
-    values = self.values()
-    lengths = jnp.maximum(jnp.linalg.norm(means, axis=1) * np.linalg.norm(values), 1e-30)
-    return (means * values).sum(1) / lengths
+    return jnp.stack([spectrum[:, ring == i].mean(1) for i in range(self.high - self.low + 1)], 1)
+
+  def agreement(self, noise: Image) -> PerExample:
+    """The cosine, from -1 to 1, between the secret's values and the mean of the transform's real part on each ring."""
+    return self._cosine(self.means(noise))
+
+  def p_value_together(self, noise: Image) -> float:
+    """`p_value` of the mean over images, which may share whatever they like but knowledge of the secret."""
+    return float(self._p_value(self._cosine(self.means(noise).mean(0, keepdims=True)))[0])
 
   def p_value(self, noise: Image) -> Float[np.ndarray, "b"]:
     """P(an agreement as large or larger), over the draw of the secret's values, for any image whatever.
@@ -135,7 +140,15 @@ class Rings:
     Normal values point in a uniform direction of the R = high - low + 1 dimensions, so for t >= 0 P(cos >= t) = I_{1 - t^2}((R - 1) / 2,
     1 / 2) / 2. (Wen et al. 2023, eq. 5, take the noise to be white and normal, which estimates of it are not.)
     """
-    t = np.clip(np.asarray(self.agreement(noise), np.float64), -1, 1)
+    return self._p_value(self.agreement(noise))
+
+  def _cosine(self, means: Float[Array, "b rings"]) -> PerExample:
+    values = self.values()
+    lengths = jnp.maximum(jnp.linalg.norm(means, axis=1) * np.linalg.norm(values), 1e-30)
+    return (means * values).sum(1) / lengths
+
+  def _p_value(self, cosine: PerExample) -> Float[np.ndarray, "b"]:
+    t = np.clip(np.asarray(cosine, np.float64), -1, 1)
     half = special.betainc((self.high - self.low) / 2, 0.5, 1 - t**2) / 2
     return np.where(t >= 0, half, 1 - half)
 
@@ -145,3 +158,6 @@ class Rings:
     down, along = np.fft.fftfreq(height, 1 / height), np.fft.fftfreq(width, 1 / width)
     ring = np.rint(np.hypot(down[:, None], along)).astype(int)
     return np.where((ring >= self.low) & (ring <= self.high), ring - self.low, -1)
+
+
+MARKS = {"gaussian_shading": GaussianShading, "rings": Rings}

@@ -1,0 +1,274 @@
+"""Marks the initial noise of a diffusion model's samples, and reads it back by solving the probability-flow ODE from the images up.
+
+Yang et al. 2024, "Gaussian Shading" (arXiv:2404.04956), and Wen et al. 2023, "Tree-Ring Watermarks" (arXiv:2305.20030): the model stays as it is,
+and who reads needs it. The same images without a mark are sampled beside them, from the same noise.
+"""
+
+import json
+import secrets
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_trustdiff import config as config_lib
+from jax_trustdiff import parallel
+from jax_trustdiff.data import records, sources
+from jax_trustdiff.diffusion.guidance import Guided
+from jax_trustdiff.diffusion.solvers import initial_noise
+from jax_trustdiff.evaluation import fid, image_attacks, report, statistics
+from jax_trustdiff.tasks import codecs, denoisers, generation_metrics, reports
+from jax_trustdiff.tasks.sampling import balanced_labels, image_keys, quantise
+from jax_trustdiff.training.progress import ProgressReport
+from jax_trustdiff.training.workdir import Workdir, write_atomically
+from jax_trustdiff.types import InputError, to_signed
+from jax_trustdiff.watermark import detection, keys
+from jax_trustdiff.watermark.initial_noise import MARKS, GaussianShading
+
+SECRET_FILE, VERDICT, TABLE = "secret.txt", "verdict.json", "table.md"
+NONE, UNMARKED = "none", "unmarked"
+NUMBERS = ("bit_accuracy", "matches", "p", "log10_p", "detected_share", "median_p")
+
+
+def run(config, workdir: Workdir) -> dict[str, float]:
+  """Samples marked and unmarked images, attacks the marked ones, inverts all of them, and returns as <attack>/...:
+
+  p, of all images together, and detected_share, the part of single ones at detect.false_positive_rate; of a mark of bits also bit_accuracy and
+  matches. 'none/...' is of the marked images as they are, 'unmarked/...' of the others. With config.reference also fid, or pixel_fid, of
+  both, and fid_difference (marked less unmarked) with the ends of its 95 % bootstrap interval.
+  """
+  section = config.detect
+  mesh = parallel.make_local_mesh()
+  model = denoisers.load_or_make(config)[0]
+  sampler = denoisers.build_sampler(config_lib.to_plain(config.sampler), model.preconditioning)
+  attacks = _check(config, sampler, mesh)
+  secret = _secret(config, workdir)
+  mark = config_lib.build(MARKS, config.mark, secret=secret, image_shape=model.network.image_shape)
+  carries_bits = isinstance(mark, GaussianShading)
+  bits = keys.draw(secret, [0], mark.num_bits, config.mark.name)[0] if carries_bits else None
+  if carries_bits:
+    detection.threshold(mark.num_bits, section.false_positive_rate)  # raises for too few
+  reference = _reference(config)
+
+  workdir.open()
+  _keep_secret(workdir, secret)
+  ids = np.arange(section.num_images)
+  nonces = ids if config.nonces else None
+  solve = _Solver(config, model, sampler, mesh)
+  start = solve.noise(ids)
+  images = {
+    UNMARKED: solve.sample(start, ids, "unmarked sample"),
+    NONE: solve.sample(_marked(mark, bits, start, nonces), ids, "marked sample"),
+  }
+  found: dict[str, dict[str, Any]] = {}
+  for name, attack in {UNMARKED: None, NONE: None, **attacks}.items():
+    changed = images[name] if attack is None else image_attacks.apply(*attack, images[NONE], config.seed)
+    estimate = solve.invert(changed, ids, f"image inverted ({name})")
+    found[name] = _judge(config, mark, bits, estimate, nonces)
+  metrics = {f"{name}/{key}": of[key] for name, of in found.items() for key in NUMBERS if key in of}
+  if reference is not None:
+    metrics |= _distances(config, images, reference, mesh)
+  if parallel.is_main_process():
+    write_atomically(workdir / VERDICT, json.dumps(found[NONE], indent=2) + "\n")
+    _report(config, workdir, images, found, metrics)
+  return metrics
+
+
+def _check(config, sampler, mesh) -> dict[str, tuple[str, float]]:
+  """{name: (kind, strength)} of config.attacks; InputError for what cannot be."""
+  section = config.detect
+  parallel.check_batch(section.batch_size, mesh)
+  reports.check(config)
+  if section.num_images < 2:
+    raise InputError(f"detect.num_images must be at least 2, found {section.num_images}")
+  if not 0 < section.false_positive_rate < 1:
+    raise InputError(
+      f"detect.false_positive_rate must lie between 0 and 1, found {section.false_positive_rate}"
+    )
+  if not hasattr(sampler, "invert") or getattr(sampler, "churn", 0):
+    raise InputError(
+      f"sampler {config.sampler.name!r} draws noise of its own or cannot be inverted: take 'edm' with churn=0"
+    )
+  found = {}
+  for kind, strengths in config.attacks.items():
+    for strength in strengths:
+      image_attacks.check(kind, strength)
+      found[f"{kind}_{strength:g}"] = (kind, strength)
+  return found
+
+
+def _secret(config, workdir: Workdir) -> str:
+  """That of an earlier session of this run, of config.secret_file, or a fresh one."""
+  if (workdir / SECRET_FILE).exists():
+    return codecs.read_secret(str(workdir / SECRET_FILE))
+  return codecs.read_secret(config.secret_file) if config.secret_file else secrets.token_hex(32)
+
+
+def _keep_secret(workdir: Workdir, secret: str) -> None:
+  if parallel.is_main_process():
+    codecs.write_private(workdir / SECRET_FILE, secret + "\n")
+  parallel.barrier("secret")
+
+
+def _marked(mark, bits: np.ndarray | None, noise: np.ndarray, nonces: np.ndarray | None) -> np.ndarray:
+  if bits is None:
+    return np.asarray(mark.mark(jax.numpy.asarray(noise)))
+  return np.asarray(mark.mark(bits, jax.numpy.asarray(noise), nonces))
+
+
+class _Solver:
+  """Noise to images and back, in batches of one shape."""
+
+  def __init__(self, config, model, sampler, mesh):
+    self._model, self._mesh, self._size, self._seed = model, mesh, config.detect.batch_size, config.seed
+    self._num_classes = model.network.num_classes
+    denoise = Guided(model) if self._num_classes else model
+    self._denoise = parallel.replicate_to_devices(mesh, denoise)
+
+    def labelled(denoise, batch):
+      return denoise.with_labels(batch["label"]) if self._num_classes else denoise
+
+    @jax.jit
+    def sample(denoise, batch):
+      return quantise(sampler(labelled(denoise, batch), batch["x"], None))
+
+    @jax.jit
+    def invert(denoise, batch):
+      found = sampler.invert(labelled(denoise, batch), to_signed(batch["x"]))
+      return getattr(found, "x", found)  # an adaptive sampler says more than that
+
+    self._sample, self._invert = sample, invert
+
+  def noise(self, ids: np.ndarray) -> np.ndarray:
+    """Standard normal, of each id its own: that of the samples of every other task."""
+    draw = jax.jit(lambda ids: initial_noise(image_keys(self._seed, ids), self._model.network.image_shape))
+    return np.asarray(draw(ids.astype(np.int32)))
+
+  def sample(self, noise: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
+    """uint8 images"""
+    return self._run(self._sample, noise, ids, what)
+
+  def invert(self, images: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
+    """Estimates of the noise, of unit scale."""
+    return self._run(self._invert, images, ids, what)
+
+  def _run(self, function, x: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
+    labels = balanced_labels(ids, self._num_classes) if self._num_classes else np.zeros(len(ids), np.int32)
+    parts = []
+    with ProgressReport(what, len(x)) as progress:
+      for start in range(0, len(x), self._size):
+        rows = np.minimum(np.arange(start, start + self._size), len(x) - 1)
+        batch = parallel.to_global(self._mesh, {"x": x[rows], "label": labels[rows]})
+        parts.append(parallel.gather_to_host(function(self._denoise, batch))[: len(x) - start])
+        progress.update(min(start + self._size, len(x)))
+    return np.concatenate(parts)
+
+
+def _judge(
+  config, mark, bits: np.ndarray | None, estimate: np.ndarray, nonces: np.ndarray | None
+) -> dict[str, Any]:
+  """The verdict on images whose noise is estimated so."""
+  rate, estimate = config.detect.false_positive_rate, jax.numpy.asarray(estimate)
+  if bits is not None:
+    verdict = detection.judge(
+      mark.read(estimate, nonces), bits[None], rate, scheme=config.mark.name, key_id=""
+    )
+    return verdict.to_dict() | {"key_drawn": True}
+  single = mark.p_value(estimate)
+  return {
+    "scheme": config.mark.name,
+    "p": mark.p_value_together(estimate),
+    "false_positive_rate": rate,
+    "decision": bool(mark.p_value_together(estimate) <= rate),
+    "detected_share": float((single <= rate).mean()),
+    "median_p": float(np.median(single)),
+    "num_images": len(estimate),
+  }
+
+
+def _reference(config) -> records.ImageSource | None:
+  if config.reference.name == NONE:
+    return None
+  source = config_lib.build(sources.SOURCES, config.reference, split="train")
+  if config.detect.num_reference:
+    source = records.limit(source, config.detect.num_reference)
+  generation_metrics.check(config.metrics, config.detect.num_images, len(source))
+  if config.metrics.fid_only or config.detect.num_bootstraps < 20:
+    raise InputError(
+      "the interval of the difference of two FIDs needs metrics.fid_only=False and detect.num_bootstraps of at least 20"
+    )
+  return source
+
+
+def _distances(config, images, reference: records.ImageSource, mesh) -> dict[str, float]:
+  """FID of the marked and the unmarked samples, and the bootstrap interval of their difference.
+
+  Pairs of images from the same noise are drawn again together, num_bootstraps times, with the reference as it is (Efron 1979).
+  """
+  extract = generation_metrics.build_extractor(config.metrics, mesh)
+  real = extract(reference, "reference image")
+  features = {}
+  for name, of in images.items():
+    source = records.image_source([of], [np.zeros(len(of), np.int32)], name)
+    features[name] = extract(source, f"feature of {name}").features
+
+  def distance(rows):
+    found = fid.moments(rows)
+    return fid.frechet_distance(real.mu, real.sigma, found.mean, found.covariance)
+
+  pre = generation_metrics.prefix(real.network)
+  marked, clean = distance(features[NONE]), distance(features[UNMARKED])
+  rng, differences = np.random.default_rng(config.seed), []
+  with ProgressReport("bootstrap", config.detect.num_bootstraps) as progress:
+    for i in range(config.detect.num_bootstraps):
+      rows = rng.integers(len(features[NONE]), size=len(features[NONE]))
+      differences.append(distance(features[NONE][rows]) - distance(features[UNMARKED][rows]))
+      progress.update(i + 1)
+  low, high = np.quantile(differences, (0.025, 0.975))
+  return {
+    f"{NONE}/{pre}fid": marked,
+    f"{UNMARKED}/{pre}fid": clean,
+    f"{pre}fid_difference": marked - clean,
+    f"{pre}fid_difference_low": float(low),
+    f"{pre}fid_difference_high": float(high),
+  }
+
+
+def _report(config, workdir: Workdir, images, found, metrics) -> None:
+  folder = workdir / "report"
+  folder.mkdir(exist_ok=True)
+  has_bits = "matches" in found[NONE]
+  header = [
+    "attack",
+    *(["bit accuracy", "bits of all together"] if has_bits else ["median p of single images"]),
+  ]
+  header += ["p of all together", "single images detected"]
+  rows = []
+  for name, of in found.items():
+    share = statistics.binomial_interval(round(of["detected_share"] * of["num_images"]), of["num_images"])
+    middle = (
+      [f"{of['bit_accuracy']:.2%}", f"{of['matches']} of {of['num_bits']}"]
+      if has_bits
+      else [f"{of['median_p']:.2g}"]
+    )
+    shown = f"{of['detected_share']:.1%} ({share[0]:.1%} to {share[1]:.1%})"
+    rows.append([name.replace("_", " "), *middle, f"{of['p']:.2g}", shown])
+  (folder / TABLE).write_text(report.markdown(header, rows))
+  count = min(config.report.num_images, len(images[NONE]))
+  both = np.concatenate([images[UNMARKED][:count], images[NONE][:count]])
+  report.image_grid(both, folder / "images.png", columns=count)
+  figures = [(folder / "images.png", "Samples from the same noise, above as it was, below with the mark")]
+  if has_bits:
+    values = {name.replace("_", " "): {"bit accuracy": of["bit_accuracy"]} for name, of in found.items()}
+    report.bars(values, folder / "attacks.png", ylabel="bit accuracy")
+    figures.append((folder / "attacks.png", "Bits read right of single images"))
+  report.html_report(
+    folder / "report.html",
+    title=f"Marks on the initial noise: {config.mark.name.replace('_', ' ')}",
+    summary=f"{len(images[NONE]):,} samples with a mark and as many without, from the same noise; read by solving the ODE backwards.",
+    metrics=metrics,
+    figures=figures,
+    tables=[("After each attack, with 95 % Clopper-Pearson intervals", header, rows)],
+    config_text=config_lib.to_json(config),
+    info=workdir.information(),
+  )

@@ -1,0 +1,88 @@
+"""Marks on the initial noise of samples: what is read back, what a run keeps, both kinds of marks, bad input."""
+
+import json
+import stat
+
+import pytest
+
+from jax_trustdiff import config as config_lib
+from jax_trustdiff.tasks import mark_initial_noise
+from jax_trustdiff.training.workdir import Workdir
+from jax_trustdiff.types import InputError
+
+# A network that has learned nothing is a shrinkage of the image: its ODE is solved well both ways.
+FEW = {"sampler.num_steps": 6, "attacks.noise": (0.1,), "detect.num_images": 64}
+
+
+def config_of(**overrides):
+  return config_lib.load("configs/wm_noise.py:smoke", FEW | overrides)
+
+
+def complete(path, config):
+  workdir = Workdir(path, config)
+  return workdir.complete(lambda: mark_initial_noise.run(config, workdir))
+
+
+@pytest.fixture(scope="module")
+def shaded(tmp_path_factory):
+  path = tmp_path_factory.mktemp("shaded") / "run"
+  return path, complete(path, config_of())
+
+
+def test_bits_come_back_from_samples(shaded):
+  path, metrics = shaded
+  assert metrics["none/bit_accuracy"] > 0.99 and metrics["none/matches"] == 32
+  assert metrics["none/p"] == 2.0**-32 and metrics["none/detected_share"] > 0.95
+  assert abs(metrics["unmarked/bit_accuracy"] - 0.5) < 0.1 and metrics["unmarked/p"] > 1e-4
+  assert 0.6 < metrics["noise_0.1/bit_accuracy"] <= metrics["none/bit_accuracy"]
+  low, high = (metrics[f"pixel_fid_difference_{end}"] for end in ("low", "high"))
+  assert low < metrics["pixel_fid_difference"] < high and low < 0 < high
+  assert metrics["pixel_fid_difference"] == pytest.approx(
+    metrics["none/pixel_fid"] - metrics["unmarked/pixel_fid"]
+  )
+  verdict = json.loads((path / "verdict.json").read_text())
+  assert verdict["decision"] is True and verdict["scheme"] == "gaussian_shading"
+  assert stat.S_IMODE((path / "secret.txt").stat().st_mode) == 0o600
+  assert len((path / "report/table.md").read_text().splitlines()) == 2 + 3
+  assert (path / "report/report.html").read_text().count("data:image/png") == 2
+
+
+def test_a_secret_survives_an_interruption_and_another_reads_nothing(shaded, tmp_path):
+  path, metrics = shaded
+  same = config_of(secret_file=str(path / "secret.txt"))
+  again = complete(tmp_path / "same", same)
+  assert {k: v for k, v in again.items() if k in metrics} == metrics
+  (tmp_path / "same/result.json").unlink()
+  assert complete(tmp_path / "same", same) == again
+
+
+def test_rings_are_found(tmp_path):
+  rings = {"mark.name": "rings", "mark.low": 1, "mark.high": 3, "detect.false_positive_rate": 0.05}
+  metrics = complete(tmp_path / "run", config_of(**rings))
+  assert "none/bit_accuracy" not in metrics
+  assert metrics["none/p"] < 0.05 < metrics["unmarked/p"]  # three rings cannot say much
+  assert metrics["none/detected_share"] > 0.9 > metrics["unmarked/detected_share"]
+  assert metrics["none/median_p"] < metrics["unmarked/median_p"]
+
+
+@pytest.mark.parametrize(
+  "overrides, message",
+  [
+    ({"init_from": ""}, "init_from is empty"),
+    ({"mark.num_bits": 65}, "noise of 64 values carries 1 to 64 bits, not 65"),
+    ({"mark.num_bits": 16}, "16 bits cannot reach a false-positive rate of 1e-06"),
+    ({"detect.num_images": 1}, "at least 2, found 1"),
+    ({"detect.batch_size": 0}, "batch size 0"),
+    ({"detect.false_positive_rate": 1.0}, "must lie between 0 and 1"),
+    ({"sampler.churn": 5.0}, "unknown config key"),
+    ({"sampler.name": "euler_maruyama"}, "cannot be inverted: take 'edm'"),
+    ({"attacks.jpeg": (500.0,)}, "lie within 1 to 100"),
+    ({"detect.num_bootstraps": 2}, "num_bootstraps of at least 20"),
+    ({"metrics.fid_only": True}, "metrics.fid_only=False"),
+    ({"secret_file": "nowhere"}, "no file with a secret, nowhere"),
+  ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, overrides, message):
+  with pytest.raises(InputError, match=message) as caught:
+    complete(tmp_path / "run", config_of(**overrides))
+  assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
