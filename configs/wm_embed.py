@@ -14,6 +14,9 @@ with the same command and ends in the same store.
 The string is random if nothing is said of it. key.demo=True takes the one published with the paper, which proves nothing;
 key.secret_file and key.user take a user's string out of as many as there are users.
 
+key.payload=1234 makes the string a code word of that number (BCH, masked by the secret; needs pip install 'jax_trustdiff[ecc]'), which
+wm_detect.py reads with the key file.
+
 Variants: smoke (seconds; the bundled digits and a freshly initialised codec, which nobody reads: it tries the machinery).
 """
 
@@ -38,6 +41,8 @@ def get_config(variant: str = "") -> ConfigDict:
     demo=False,  # the published string of 4, 8, 16, 32, 64 or 128 bits
     secret_file="",  # a text file with a long random secret, from which every user's string is drawn
     user=0,
+    payload=-1,  # a number that the string says, even where some of its bits are read wrong; -1: it says nothing
+    num_errors=3,  # how many may be, with a payload
   )
   config.embed = dict(
     split="train",

@@ -223,6 +223,32 @@ def test_a_key_of_another_codec_is_refused(codec, marked, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+def test_a_payload_is_read_in_spite_of_wrong_bits(codec, tmp_path):
+  pytest.importorskip("galois", reason="no galois: pip install 'jax_trustdiff[ecc]'")
+  payload = {"key.payload": 13, "key.num_errors": 2, "embed.least_bit_accuracy": 0.9}
+  complete(embed_watermark, tmp_path / "marked", embed_config(codec, **payload))
+  key = codecs.read_key(tmp_path / "marked")
+  assert (key.num_errors, key.drawn) == (2, True) and codecs.read_payload(key, key.array) == (13, 0)
+  assert codecs.read_payload(key, key.array ^ np.eye(16, dtype=int)[[3, 9]].sum(0)) == (13, 2)
+  of_store = {"data.name": "image_store", "data.path": str(tmp_path / "marked/images")}
+  config = detect_config(codec, **{"key.file": str(tmp_path / "marked")}, **of_store)
+  metrics = complete(detect_watermark, tmp_path / "run", config)
+  assert metrics["payload_is_right"] == 1
+  verdict = json.loads((tmp_path / "run/verdict.json").read_text())
+  assert verdict["payload"]["read"] == 13 and 0 < verdict["payload"]["false_accept"] < 0.5
+  assert "13, with 0 wrong bits" in (tmp_path / "run/report/report.html").read_text()
+  for changes, message in (
+    (
+      {"key.payload": 10**6},
+      "key.payload=1000000: a code word of 16 bits with 2 errors has room for 0 to 63",
+    ),
+    ({"key.demo": True}, "key.demo and key.payload exclude each other"),
+    ({"key.num_errors": 0}, "at least 1 error"),
+  ):
+    with pytest.raises(InputError, match=message):
+      complete(embed_watermark, tmp_path / "bad", embed_config(codec, **payload | changes))
+
+
 # ---- a diffusion model on marked images ----
 
 FEW = {"train.num_images": 96, "train.num_train": 80, "train.num_validation": 16, "train.validate_every": 3}

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff.data.records import ImageSource
@@ -19,6 +20,7 @@ from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, Variables, WatermarkCodec, to_unit
 from jax_trustdiff.watermark import keys
 from jax_trustdiff.watermark.codec import BoundCodec
+from jax_trustdiff.watermark.payloads import BCHCode
 
 KEY_FILE = "key.json"
 
@@ -146,7 +148,7 @@ def choose_key(
   """The key that images are marked with: that of an earlier session of this run, or what the section says.
 
   section: file (a key file), demo (the published bits of that length), secret_file and user (that user's string), or none
-  of them: a fresh random string. InputError for more than one, or a key of another codec, length or size of images.
+  of them: a fresh random string; with payload >= 0 the string is that number in a code that corrects num_errors, masked. InputError for more than one, or a key of another codec, length or size of images.
   """
   asked = [name for name in ("file", "demo", "secret_file") if section[name]]
   if len(asked) > 1:
@@ -157,25 +159,44 @@ def choose_key(
   elif section.file:
     key = read_key(section.file)
   else:
-    drawn = not section.demo
+    about = dict(
+      codec_sha256=fingerprint(codec), image_shape=image_shape, quantisation="uint8", user=section.user
+    )
     if section.demo:
-      bits = keys.demo_bits(num_bits)
-    else:
-      secret = read_secret(section.secret_file) if section.secret_file else secrets.token_hex(32)
-      bits = keys.as_text(keys.draw(secret, [section.user], num_bits)[0])
+      if section.payload >= 0:
+        raise InputError(
+          "key.demo and key.payload exclude each other: the published strings are no code words"
+        )
+      return keys.WatermarkKey(bits=keys.demo_bits(num_bits), **about)
+    secret = read_secret(section.secret_file) if section.secret_file else secrets.token_hex(32)
+    about |= dict(drawn=True, salt=keys.salt(secret, section.user))
+    if section.payload < 0:
+      return keys.WatermarkKey(bits=keys.as_text(keys.draw(secret, [section.user], num_bits)[0]), **about)
+    mask = keys.mask(secret, section.user, num_bits)
+    bits = payload_word(section.payload, BCHCode(num_bits, section.num_errors)) ^ mask
     return keys.WatermarkKey(
-      bits=bits,
-      codec_sha256=fingerprint(codec),
-      image_shape=image_shape,
-      quantisation="uint8",
-      drawn=drawn,
-      user=section.user,
-      salt=keys.salt(secret, section.user) if drawn else "",
+      bits=keys.as_text(bits), num_errors=section.num_errors, mask=keys.as_text(mask), **about
     )
   check_key(key, codec)
   if key.image_shape != image_shape:
     raise InputError(f"the key is for images of {key.image_shape}, and these are {image_shape}")
   return key
+
+
+def payload_word(payload: int, code: BCHCode) -> np.ndarray:
+  """The code word of a whole number, its bits from the highest to the lowest."""
+  room = code.num_payload_bits
+  if not 0 <= payload < 2**room:
+    raise InputError(
+      f"key.payload={payload}: a code word of {code.num_bits} bits with {code.num_errors} errors has room for 0 to {2**room - 1}"
+    )
+  return code.encode(np.array([int(bit) for bit in f"{payload:0{room}b}"]))
+
+
+def read_payload(key: keys.WatermarkKey, bits: np.ndarray) -> tuple[int, int] | None:
+  """(payload, number of wrong bits) in a string that was read, or None where too many are wrong."""
+  found = BCHCode(len(key.bits), key.num_errors).decode((bits > 0) ^ key.mask_array)
+  return None if found is None else (int(keys.as_text(found[0]), 2), found[1])
 
 
 def check_key(key: keys.WatermarkKey, codec: BoundCodec) -> None:

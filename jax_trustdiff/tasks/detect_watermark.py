@@ -20,6 +20,7 @@ from jax_trustdiff.training.workdir import Workdir, write_atomically
 from jax_trustdiff.types import InputError, to_unit
 from jax_trustdiff.watermark import detection, keys
 from jax_trustdiff.watermark.codec import BoundCodec
+from jax_trustdiff.watermark.payloads import BCHCode
 
 VERDICT = "verdict.json"
 
@@ -30,7 +31,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   matches, of num_bits; p, log10_p, threshold and detected (1 or 0) at detect.false_positive_rate; bit_accuracy of single images;
   detected_share, the part of them that reach the threshold alone, with its interval; user, if there are several. With null images also
   null/bit_accuracy, null/false_positive_rate of single ones with its interval, and null/p of all of them together. control/smallest_p is
-  the smallest p-value of all images together over detect.control_keys random keys that nothing was marked with.
+  the smallest p-value of all images together over detect.control_keys random keys that nothing was marked with; payload_is_right
+  (1 or 0) of a key with a payload.
   """
   section = config.detect
   mesh = parallel.make_local_mesh()
@@ -76,6 +78,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     clean = logits_of(codec, null, section.batch_size, mesh)
     matches["images without a mark"] = np.asarray(detection.count_matches(clean, best))
     found["null"] = _null(clean, best, verdict, matches["images without a mark"])
+  if key is not None and key.num_errors:
+    found["payload"] = _payload(key, np.asarray(detection.read(logits)))
   if section.control_keys:
     found["control"] = _control(logits, section.control_keys, config.seed)
   metrics = _metrics(found)
@@ -176,6 +180,21 @@ def _control(logits: np.ndarray, num_keys: int, seed: int) -> dict:
   return {"num_keys": num_keys, "smallest_p": p[0], "p": p}
 
 
+def _payload(key: keys.WatermarkKey, bits: np.ndarray) -> dict:
+  """The number that all images together say, None where too many bits are wrong, beside that of the key file."""
+  code, read, marked = (
+    BCHCode(len(key.bits), key.num_errors),
+    codecs.read_payload(key, bits),
+    codecs.read_payload(key, key.array),
+  )
+  return {
+    "read": None if read is None else read[0],
+    "wrong_bits": None if read is None else read[1],
+    "marked_with": marked[0],
+    "false_accept": code.false_accept,
+  }
+
+
 def _metrics(found: dict) -> dict[str, float]:
   names = (
     "matches",
@@ -191,6 +210,8 @@ def _metrics(found: dict) -> dict[str, float]:
   metrics = {name: found[name] for name in names} | {"detected": int(found["decision"])}
   if found["user"] is not None:
     metrics["user"] = found["user"]
+  if "payload" in found:
+    metrics["payload_is_right"] = int(found["payload"]["read"] == found["payload"]["marked_with"])
   if "control" in found:
     metrics["control/smallest_p"] = found["control"]["smallest_p"]
   null = found.get("null", {})
@@ -247,6 +268,16 @@ def _report(
       + f"; {found['key_id']}",
     ],
   ]
+  if "payload" in found:
+    payload = found["payload"]
+    said = (
+      "too many bits are wrong"
+      if payload["read"] is None
+      else f"{payload['read']}, with {payload['wrong_bits']} wrong bits"
+    )
+    rows.append(
+      ["payload", f"{said}; random bits say some number with probability {payload['false_accept']:.2g}"]
+    )
   if "control" in found:
     control = found["control"]
     rows.append(

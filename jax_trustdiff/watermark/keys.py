@@ -40,6 +40,8 @@ class WatermarkKey:
   drawn: bool = False
   user: int = 0
   salt: str = ""
+  num_errors: int = 0
+  mask: str = ""
   version: int = 1
 
   def __post_init__(self):
@@ -53,6 +55,10 @@ class WatermarkKey:
     whole = all(type(size) is int and size >= 1 for size in self.image_shape)
     if len(self.image_shape) != 3 or not whole:
       raise InputError(f"image_shape of a key is (height, width, channels), got {self.image_shape}")
+    if set(self.mask) - {"0", "1"} or len(self.mask) != (len(self.bits) if self.num_errors else 0):
+      raise InputError(
+        "the mask of a key with a payload has as many 0 and 1 as the key, that of any other none"
+      )
     if self.user < 0:
       raise InputError(f"users have numbers from 0 on, got {self.user}")
     if self.version != 1:
@@ -61,6 +67,10 @@ class WatermarkKey:
   @property
   def array(self) -> Int[np.ndarray, "n"]:
     return np.array([int(bit) for bit in self.bits], np.int32)
+
+  @property
+  def mask_array(self) -> Int[np.ndarray, "n"]:
+    return np.array([int(bit) for bit in self.mask], np.int32)
 
   @property
   def key_id(self) -> str:
@@ -134,6 +144,11 @@ def draw(
 def salt(secret: str, user: int) -> str:
   """32 hexadecimal digits that nobody without the secret can tell from chance: the salt of that user's key."""
   return np.packbits(streams(secret, "salt of a key", [user], 128)).tobytes().hex()
+
+
+def mask(secret: str, user: int, num_bits: int) -> Int8[np.ndarray, "n"]:
+  """Fair bits that hide a code word: without the secret nobody can tell the masked one from chance."""
+  return streams(secret, "mask of a payload", [user], num_bits)[0].astype(np.int8)
 
 
 def as_text(bits: Integer[Array, "n"] | Integer[np.ndarray, "n"]) -> str:
