@@ -80,6 +80,8 @@ def get_config(variant: str = "") -> ConfigDict:
     codec="",  # the export of a codec (wm_codec.py)
     key="",  # a key file, or the run of wm_embed.py that wrote one
     survives_augment=False,  # the codec was trained through what `augment` does
+    least_bit_accuracy=0.99,  # read back from the first 256 images
+    required=False,  # the images must be marked, here or in their store
   )
   config.optimizer = dict(
     name="adamw", weight_decay=0.0, b1=0.9, b2=0.999, no_decay="", clip_norm=0.0, eps=1e-8

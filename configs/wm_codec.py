@@ -76,7 +76,7 @@ def get_config(variant: str = "") -> ConfigDict:
     num_validation=1000,  # held out
     validation_split="random",
     quantised=True,  # the decoder sees bytes
-    learned_by=3000,  # steps after which an attempt whose bit accuracy is below
+    learned_by=3000,  # steps (0: never) after which, or at whose end, an attempt whose bit accuracy is below
     learned_above=0.75,  # this begins anew with another seed,
     max_restarts=4,  # so many times
     resident="auto",
@@ -88,7 +88,7 @@ def get_config(variant: str = "") -> ConfigDict:
     profile="",
   )
   config.eval = dict(
-    batch_size=500,
+    batch_size=512,
     attacks=dict(  # by Pillow, on files of the held-out images
       jpeg=(75.0, 50.0),  # quality
       noise=(0.05, 0.1),  # standard deviation
@@ -143,6 +143,7 @@ def _smoke(config):
     num_images=320,
     num_train=256,
     num_validation=32,
+    learned_by=0,
     steps_per_dispatch=1,
     log_every=2,
     checkpoint_every=5,

@@ -52,7 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
     codec=f"{codec}{data}",
     marked=f"{embed}{data},init_from={{codec}}/export",
     model=f"{edm},data.name=image_store,data.path={{marked}}/images",
-    twin=f"{edm},{data}",
+    twin=f"{edm},{data},watermark.required=False",
     attacks=f"{attack}init_from={{model}}/export,{looks}",
   )
   look = f"configs/wm_detect.py:{looks},{detect}"

@@ -107,6 +107,11 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def of_main_process(value: Any) -> Any:
+  """The number, or array, that process 0 holds, in every process; all must ask."""
+  return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
+
+
 def enable_compilation_cache() -> None:
   """Keeps compiled programs in the user's cache folder; JAX_COMPILATION_CACHE_DIR names another, '' none."""
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -214,6 +214,21 @@ def test_feeds_refuse_what_does_not_fit():
 # ---- evaluation ----
 
 
+@pytest.mark.parametrize("batch_size", [8, 40, 360])
+def test_map_images_finds_something_of_every_image_in_order(batch_size):
+  source, seen = sources.SOURCES["digits"](split="test"), []
+  found = pipeline.map_images(
+    lambda batch: {"id": batch["id"], "mean": batch["image"].mean((1, 2, 3))},
+    source,
+    batch_size,
+    parallel.make_mesh(),
+    seen.append,
+  )
+  np.testing.assert_array_equal(found["id"], source.ids)
+  np.testing.assert_allclose(found["mean"], source.images.mean((1, 2, 3)), rtol=1e-5)
+  assert seen == [min(done, 360) for done in range(batch_size, 360 + batch_size, batch_size)]
+
+
 @pytest.mark.floor
 @pytest.mark.parametrize("batch_size", [5, 23, 40])
 def test_eval_batches_cover_the_source_once(batch_size):

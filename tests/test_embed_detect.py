@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 
 import jax
 import numpy as np
@@ -76,8 +77,12 @@ def detect_config(codec, **overrides):
 @pytest.fixture(scope="module")
 def marked(codec, tmp_path_factory):
   """(workdir of marked digits, metrics)."""
-  path = tmp_path_factory.mktemp("marked") / "run"
-  return path, complete(embed_watermark, path, embed_config(codec, **{"embed.least_bit_accuracy": 0.9}))
+  folder = tmp_path_factory.mktemp("marked")
+  (folder / "secret.txt").write_text(SECRET)
+  config = embed_config(
+    codec, **{"embed.least_bit_accuracy": 0.9, "key.secret_file": str(folder / "secret.txt"), "key.user": 1}
+  )
+  return folder / "run", complete(embed_watermark, folder / "run", config)
 
 
 # ---- marking ----
@@ -182,6 +187,8 @@ def test_a_codec_that_is_not_read_gives_no_store(tmp_path):
     ({"init_from": ""}, "init_from is empty: give the export of a codec"),
     ({"key.demo": True, "key.file": "x"}, "the key comes from one place, found key.file and key.demo"),
     ({"key.file": "nowhere.json"}, "no key file nowhere.json"),
+    ({"key.file": sys.executable}, "cannot be read as a key file: it is no text"),
+    ({"key.user": 3}, "give key.secret_file"),
     ({"key.secret_file": "nowhere.txt"}, "no file with a secret, nowhere.txt"),
     ({"embed.num_workers": 2, "embed.store": "s"}, "several workers need one key"),
     ({"embed.images_per_shard": 0}, "images_per_shard must be at least 1"),
@@ -287,6 +294,11 @@ def test_marking_batch_by_batch_trains_the_same_model(codec, marked, tmp_path):
   "overrides, message",
   [
     ({"watermark.codec": ""}, "watermark.codec and watermark.key go together"),
+    (
+      {"watermark.codec": "", "watermark.key": "", "watermark.required": True},
+      "the images are not marked: give data.path",
+    ),
+    ({"watermark.least_bit_accuracy": 1.1}, "of the bits are read back from the first 112 images"),
     ({"augment.name": "flip"}, "does not survive augment.name='flip'"),
     (
       {"data.name": "npz", "data.path": "rgb.npz"},
@@ -316,6 +328,12 @@ def test_training_on_marks_refuses_in_one_line(codec, marked, tmp_path, monkeypa
   assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
+def test_marked_images_are_not_marked_again(codec, marked, tmp_path):
+  of_store = {"data.name": "image_store", "data.path": str(marked[0] / "images")}
+  with pytest.raises(InputError, match="the images are marked already, with the key"):
+    complete(embed_watermark, tmp_path / "run", embed_config(codec, **of_store))
+
+
 # ---- detection ----
 
 
@@ -335,7 +353,8 @@ def test_marked_images_are_detected_and_clean_ones_are_not(codec, marked, tmp_pa
   verdict = json.loads((tmp_path / "run/verdict.json").read_text())
   assert metrics["detected"] == 1 and verdict["decision"] is True and verdict["key_drawn"] is True
   assert (metrics["matches"], metrics["threshold"], metrics["num_images"]) == (16, 15, 96)
-  assert metrics["p"] == 2.0**-16 and verdict["bits"] == codecs.read_key(path).bits
+  assert metrics["p"] == 2.0**-16 and metrics["key_drawn"] == 1
+  assert codecs.read_key(path).bits not in (tmp_path / "run/verdict.json").read_text()
   low, high = verdict["detected_share_interval"]
   assert 0 < low < metrics["detected_share"] <= high <= 1
   control = verdict["control"]
@@ -380,6 +399,45 @@ def test_the_user_is_found_among_many(codec, tmp_path):
   assert not (tmp_path / "many").exists()
 
 
+def test_clean_images_among_many_users(codec, marked, tmp_path):
+  """Single ones reach the threshold for the best of all keys about as often as is said, though it is the best."""
+  (tmp_path / "secret.txt").write_text("another secret of this test")
+  config = detect_config(
+    codec,
+    **{
+      "key.secret_file": str(tmp_path / "secret.txt"),
+      "key.num_users": 500,
+      "detect.false_positive_rate": 0.2,
+      "data.name": "digits",
+      "null.name": "digits",
+      "detect.num_images": 300,
+    },
+  )
+  metrics = complete(detect_watermark, tmp_path / "run", config)
+  verdict = json.loads((tmp_path / "run/verdict.json").read_text())
+  best = verdict["null"]["bit_accuracy"]
+  assert best > 0.75  # of 500 keys the best agrees with any string in more than half of the bits
+  assert verdict["null"]["p"] == metrics["p"]  # the same images, so the same best key
+  assert metrics["null/bit_accuracy"] >= metrics["bit_accuracy"]
+
+
+def test_a_published_key_is_no_evidence(codec, tmp_path):
+  complete(
+    embed_watermark,
+    tmp_path / "marked",
+    embed_config(codec, **{"key.demo": True, "embed.least_bit_accuracy": 0.9}),
+  )
+  of_store = {"data.name": "image_store", "data.path": str(tmp_path / "marked/images")}
+  metrics = complete(
+    detect_watermark, tmp_path / "run", detect_config(codec, **{"key.demo": True}, **of_store)
+  )
+  assert metrics["matches"] == 16 and metrics["key_drawn"] == 0
+  page = (tmp_path / "run/report/report.html").read_text()
+  assert (
+    "These images agree with a published key in 16 of 16 bits" in page and "no probability of chance" in page
+  )
+
+
 def test_samples_of_a_model_without_a_mark(codec, marked, tmp_path):
   path, _ = marked
   config = detect_config(
@@ -396,7 +454,10 @@ def test_samples_of_a_model_without_a_mark(codec, marked, tmp_path):
     ({"key.demo": False}, "give one of key.file"),
     ({"codec": ""}, "codec is empty: give the export of a codec"),
     ({"key.num_users": 3}, "goes with key.secret_file"),
-    ({"key.num_users": 0}, "key.num_users"),
+    (
+      {"key.demo": False, "key.secret_file": "configs/wm_detect.py", "key.num_users": 0},
+      "at least 1, found 0",
+    ),
     (
       {"detect.false_positive_rate": 1e-12},
       "32 bits cannot reach a false-positive rate of 1e-12.*take at least 40 bits",
@@ -477,7 +538,9 @@ def test_attacks_that_are_done_are_kept(codec, marked, attacked, tmp_path, monke
     patch.setattr(image_attacks, "apply", dies)
     with pytest.raises(KeyboardInterrupt):
       complete(attack_watermark, tmp_path / "run", config)
-  done = {file.stem for file in (tmp_path / "run/journal").glob("*.npz")}
+  (journal,) = (tmp_path / "run").glob("journal-*")
+  assert stat.S_IMODE(journal.stat().st_mode) == 0o700
+  done = {file.stem for file in journal.glob("*.npz")}
   assert done == {"none", "flip_1", "flip_bits_0.8", "noise_0.05"}
   with monkeypatch.context() as patch:
     patch.setattr(removal, "flip_bits", None)  # not called again
@@ -490,8 +553,12 @@ def test_attacks_that_are_done_are_kept(codec, marked, attacked, tmp_path, monke
     ({"steps": (4.0,)}, {}, "attacks.steps is on a model: give init_from"),
     ({"regenerate": (0.3,)}, {}, "attacks.regenerate needs a diffusion model"),
     ({"jpeg": (0.0,)}, {}, "strengths of the attack 'jpeg' lie within 1 to 100"),
-    ({"weight_bits": (2.5,)}, {"init_from": "untrained"}, "whole numbers of at least 2, found 2.5"),
-    ({"prune": (1.5,)}, {"init_from": "untrained"}, "above 0 and at most 1, found 1.5"),
+    ({"weight_bits": (2.5,)}, {"init_from": "untrained"}, "takes whole numbers, found 2.5"),
+    ({"weight_bits": (32.0,)}, {"init_from": "untrained"}, "within 2 to 16, found 32"),
+    ({"prune": (1.5,)}, {"init_from": "untrained"}, "above 0 within 0 to 1, found 1.5"),
+    ({"bfloat16": (7.0,)}, {"init_from": "untrained"}, "within 1 to 1, found 7"),
+    ({"crop": (0.05,)}, {}, "the attack 'crop' of 0.05 changes nothing of images of 8x8"),
+    ({"regenerate": (1000.0,)}, {"init_from": "untrained", "regenerate.num_steps": 1}, "num_steps"),
     ({}, {"detect.num_images": 1}, "at least 2, found 1"),
     ({}, {"detect.false_positive_rate": 1e-9}, "16 bits cannot reach"),
     ({}, {"key.file": ""}, "give one of key.file"),

@@ -74,16 +74,37 @@ def test_regeneration_keeps_what_the_model_knows():
   noise = jax.random.normal(jax.random.key(1), x.shape)
   agreement = []
   for sigma in (0.05, 0.5, 50.0):
-    found = removal.regenerate(denoise, EDMSampler(40, sigma_max=sigma), x, sigma, noise)
+    found = removal.regenerate(denoise, EDMSampler(40, sigma_max=sigma), x, noise)
     agreement.append(np.corrcoef(np.ravel(found), np.ravel(x))[0, 1])
     assert abs(float(found.std()) / 0.5 - 1) < 0.05
   # x + noise of sigma, shrunk to the variance of x: correlation 1 / sqrt(1 + (sigma / 0.5)^2)
   np.testing.assert_allclose(agreement, [0.995, 0.5**0.5, 0.01], atol=0.03)
-  with pytest.raises(InputError, match="begins at sigma 80 and the images have noise of 0.5"):
-    removal.regenerate(denoise, EDMSampler(12), x, 0.5, noise)
 
 
-def test_flipping_bits_stays_in_the_ball_and_flips():
+class Linear:
+  """A decoder of 8 bits whose logits are products of the image, less a half, with patterns of -1 and 1."""
+
+  num_bits, image_shape = 8, (8, 8, 1)
+  patterns = np.random.default_rng(0).choice([-1.0, 1.0], (64, 8))
+
+  def decode(self, variables, x):
+    return (x.reshape(len(x), -1) - 0.5) @ self.patterns * variables["scale"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_bits_of_a_linear_decoder_are_flipped_when_the_ball_is_large_enough(scale):
+  """However sure the decoder is: with confident logits the gradient of a cross-entropy would be zero."""
+  bound = BoundCodec(Linear(), {"scale": jnp.array(scale)})
+  x = jax.random.uniform(jax.random.key(3), (16, 8, 8, 1), minval=0.3, maxval=0.7)
+  before = np.asarray(bound.decode(x) > 0)
+  shares = []
+  for radius in (0.01, 0.1, 0.3):
+    after = np.asarray(bound.decode(removal.flip_bits(bound, x, radius)) > 0)
+    shares.append((after != before).mean())
+  assert shares[0] < shares[1] <= shares[2] and shares[2] > 0.95
+
+
+def test_flipping_bits_stays_in_the_ball():
   codec = ResidualCodec(8, (16, 16, 3), width=8)
   bound = BoundCodec(codec, codec.init(jax.random.key(0)))
   x = jax.random.uniform(jax.random.key(1), (4, 16, 16, 3))

@@ -185,6 +185,42 @@ def test_adversarial_grid_shows_the_verdicts(tmp_path):
   assert black[:, 0].min() + 104 < rows.min() and rows.max() < black[:, 0].max() + 30
 
 
+def test_marked_grid_amplifies_the_difference(tmp_path):
+  images = np.full((2, 26, 26, 3), 100, np.uint8)
+  marked = images.copy()
+  marked[1, :, :, 0] += 5
+  caption = report.marked_grid(images, marked, tmp_path / "g.png", matches=[8, 7], num_bits=8)
+  assert "largest change of a pixel is 5/255" in caption and "10" in caption
+  pixels = np.asarray(Image.open(tmp_path / "g.png").convert("RGB")).reshape(-1, 3)
+  colours = {tuple(colour) for colour in np.unique(pixels, axis=0).tolist()}
+  assert {(100, 100, 100), (105, 100, 100), (128, 128, 128), (178, 128, 128)} <= colours
+  for change, message in (
+    (dict(marked=marked[:1]), "bytes of one shape"),
+    (dict(matches=[8]), "1 numbers of matches for 2 images"),
+  ):
+    arguments = dict(marked=marked, matches=[8, 7]) | change
+    with pytest.raises(InputError, match=message):
+      report.marked_grid(
+        images, arguments["marked"], tmp_path / "g.png", matches=arguments["matches"], num_bits=8
+      )
+
+
+def test_attack_panels_show_every_point(tmp_path, figures):
+  """A bit accuracy far below chance, and a p-value of zero, are inside the picture."""
+  points = {"noise": [(0.1, 0.9, 1e-9), (0.05, 0.99, 0.0)], "flip_bits": [(0.03, 0.02, 1.0)]}
+  report.attack_panels(points, tmp_path / "a.png", before=1.0)
+  assert len(figures[0].axes) == 4
+  for axis in figures[0].axes:
+    low, high = axis.get_ylim()
+    for line in axis.get_lines():
+      values = np.asarray(line.get_ydata(), float)
+      assert low <= values.min() and values.max() <= high
+  accuracies = figures[0].axes[0].get_lines()[0]
+  np.testing.assert_array_equal(accuracies.get_xydata(), [[0.05, 0.99], [0.1, 0.9]])
+  with pytest.raises(InputError, match="at least one attack"):
+    report.attack_panels({}, tmp_path / "b.png", before=1.0)
+
+
 def test_adversarial_grid_refuses(tmp_path):
   x = np.zeros((2, 8, 8, 1), np.float32)
   good = dict(labels=[0, 1], predictions=[0, 1], adversarial_predictions=[0, 1])
@@ -394,6 +430,15 @@ def test_mean_interval_is_students():
   # With one degree of freedom Student's t is Cauchy's distribution, whose quantile is a tangent.
   assert statistics.mean_interval([0.0, 1.0]) == pytest.approx((0.5, 0.5 * math.tan(0.475 * math.pi)))
   assert statistics.mean_interval([0.5, 0.5, 0.5, 0.5]) == (0.5, 0.0)
+
+
+def test_an_interval_of_shares_has_a_width():
+  """Where all images are read right it is that of Clopper and Pearson, else the normal one inside [0, 1]."""
+  assert statistics.share_interval(np.ones(100)) == statistics.binomial_interval(100, 100)
+  assert statistics.share_interval(np.zeros(50)) == statistics.binomial_interval(0, 50)
+  shares = np.array([1.0] * 99 + [0.5])
+  low, high = statistics.share_interval(shares)
+  assert low == pytest.approx(0.995 - 1.96 * shares.std(ddof=1) / 10, abs=1e-4) and high == 1
 
 
 def test_crossed_interval_covers_the_mean_of_other_seeds_and_images():

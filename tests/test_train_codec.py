@@ -202,7 +202,7 @@ def test_a_codec_that_is_never_read_is_an_error(tmp_path):
     ({"train.num_validation": 1}, "give at least 2"),
     ({"train.accumulate": 2}, "the gate of a codec counts steps"),
     ({"train.learned_above": 0.5}, "between 0.5 and 1"),
-    ({"train.max_restarts": -1}, "max_restarts must be at least 0"),
+    ({"train.max_restarts": -1}, "max_restarts and train.learned_by must be at least 0"),
     ({"eval.attacks.jpeg": (75.0, 101.0)}, "strengths of the attack 'jpeg' lie within 1 to 100, got 101"),
     ({"distortions.blur": (0.0, 9.0)}, "strengths of the distortion 'blur' rise within 0 to 2, got 0 to 9"),
     ({"distortions.blur": (0.5,)}, "distortions.blur needs two strengths"),

@@ -216,3 +216,12 @@ def test_key_files_that_are_none(change, message):
     keys.from_json(json.dumps(entries), "k.json")
   with pytest.raises(InputError, match="is no key file"):
     keys.from_json("bits = 01", "k.json")
+
+
+def test_the_best_key_of_each_image():
+  rng = np.random.default_rng(0)
+  logits, codebook = rng.normal(size=(37, 24)), rng.integers(0, 2, (50, 24))
+  wanted = ((logits > 0)[:, None] == (codebook > 0)).sum(2)
+  np.testing.assert_array_equal(detection.most_matches(logits, codebook), wanted.max(1))
+  read = (logits.mean(0) > 0) == (codebook[3] > 0)
+  assert detection.matches_together(logits, codebook[3]) == read.sum()

@@ -9,6 +9,7 @@ a payload for each dispatch of k steps; inside the step `take(arrays, payload of
 and of a source with soft labels also 'soft_label': float32 [b num_classes].
 """
 
+import collections
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -217,13 +218,22 @@ def map_images(
 
   progress: called with the number of images done so far.
   """
-  parts, done = [], 0
-  for batch in eval_batches(source, batch_size, mesh):
-    found, mask = parallel.gather_to_host((function(batch), batch["mask"]))
-    parts.append(jax.tree.map(lambda rows, mask=mask: rows[mask], found))
+  parts, waiting, done = [], collections.deque(), 0
+
+  def fetch():
+    nonlocal done
+    found, mask = parallel.gather_to_host(waiting.popleft())
+    parts.append(jax.tree.map(lambda rows: rows[mask], found))
     done += int(mask.sum())
     if progress is not None:
       progress(done)
+
+  for batch in eval_batches(source, batch_size, mesh):
+    waiting.append((function(batch), batch["mask"]))
+    if len(waiting) > 1:  # while one is computed, the one before is fetched
+      fetch()
+  while waiting:
+    fetch()
   return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
 

@@ -116,6 +116,12 @@ def image_source(
   )
 
 
+def unlabelled(images: np.ndarray, what: str) -> ImageSource:
+  """A source of images, uint8 [n h w c], of no known class; `what` names them in an InputError."""
+  source = image_source([images], [np.zeros(len(images), np.int32)], what, 1, (UNLABELLED,))
+  return dataclasses.replace(source, labelled=False)
+
+
 def check_split(split: str) -> None:
   """InputError unless `split` is 'train' or 'test'."""
   if split not in SPLITS:

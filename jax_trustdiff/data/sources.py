@@ -21,13 +21,13 @@ from jax_trustdiff.data.image_store import MANIFEST, PLAN, image_store
 from jax_trustdiff.data.readers import Decoded, Rows, existing, natural, split_folder
 from jax_trustdiff.data.records import (
   SPLITS,
-  UNLABELLED,
   ImageSource,
   agreed_names,
   check_split,
   given_names,
   image_source,
   of_classes,
+  unlabelled,
 )
 from jax_trustdiff.data.tfds import tfds
 from jax_trustdiff.types import InputError
@@ -160,19 +160,17 @@ def pictures(
   if channels not in (1, 3):
     raise InputError(f"pictures have 1 or 3 channels, got {channels}")
   files = sorted(file for file in root.rglob("*") if file.suffix.lower() in readers.IMAGE_SUFFIXES)
-  if not files or split != "train":
-    what = "images" if split == "train" else f"split {split!r}"
-    raise InputError(
-      f"{root} holds no {what}; expected files that end in {', '.join(readers.IMAGE_SUFFIXES)}"
-    )
+  if split != "train":
+    raise InputError(f"pictures are all of the split 'train': {root} has no split {split!r}")
+  if not files:
+    raise InputError(f"{root} holds no files that end in {', '.join(readers.IMAGE_SUFFIXES)}")
   shape = (size, size) if size else _common_extent(files)
 
   def decode(position):
     return readers.decode_image(files[position], str(files[position]), size, channels)
 
   images = Decoded(len(files), (*shape, channels), decode)
-  source = image_source([images.now()], [np.zeros(len(files), np.int32)], str(root), 1, (UNLABELLED,))
-  return dataclasses.replace(source, labelled=False)
+  return unlabelled(images.now(), str(root))
 
 
 def idx(

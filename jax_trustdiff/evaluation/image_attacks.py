@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from jax_trustdiff.types import InputError
 
@@ -21,9 +21,10 @@ ByteImages = UInt8[np.ndarray, "n h w c"]
 def apply(kind: str, strength: float, images: np.ndarray, seed: int = 0) -> ByteImages:
   """The images, bytes [n h w c], after the attack `kind` of KINDS; what is random in it depends on the seed and the image's position.
 
-  InputError for a kind that is unknown, a strength outside its bounds, or images of other than 1 or 3 channels.
+  InputError for a kind that is unknown, a strength outside its bounds or too small for images of this size, or images of other than 1 or 3
+  channels.
   """
-  check(kind, strength)
+  check(kind, strength, images.shape[1:])
   if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
     raise InputError(
       f"attacks on images take bytes [n h w c] of 1 or 3 channels, got {images.dtype} {images.shape}"
@@ -33,13 +34,41 @@ def apply(kind: str, strength: float, images: np.ndarray, seed: int = 0) -> Byte
   return np.stack(rows) if rows else images.copy()
 
 
-def check(kind: str, strength: float) -> None:
-  """InputError unless there is such an attack and it can be as strong."""
+def check(kind: str, strength: float, image_shape: tuple[int, ...] = ()) -> None:
+  """InputError unless there is such an attack, it can be as strong, and it changes images of this shape where it is given."""
   if kind not in KINDS:
     raise InputError(f"unknown attack on images {kind!r}; known: {', '.join(KINDS)}")
   low, high = KINDS[kind].bounds
   if not low <= strength <= high:
     raise InputError(f"strengths of the attack {kind!r} lie within {low:g} to {high:g}, got {strength:g}")
+  if kind in _SIDES and strength not in (0, 1) and len(image_shape) == 3:
+    sides = image_shape[:2]
+    if _SIDES[kind](sides, strength) in (sides, (0, 0)):
+      raise InputError(
+        f"the attack {kind!r} of {strength:g} changes nothing of images of {sides[0]}x{sides[1]}"
+      )
+
+
+def psnr(images: ByteImages, changed: ByteImages) -> Float[np.ndarray, "n"]:
+  """Decibels of each changed image to what it was: -10 log10 of the mean square difference of images in [0, 1]; 100 at most."""
+  difference = (changed.astype(np.float32) - images) / 255
+  return -10 * np.log10(np.maximum(np.square(difference).mean((1, 2, 3)), 1e-10))
+
+
+def _cropped_sides(sides: tuple[int, ...], share: float) -> tuple[int, ...]:
+  return tuple(max(1, round(side * (1 - share))) for side in sides)
+
+
+def _erased_sides(sides: tuple[int, ...], area: float) -> tuple[int, ...]:
+  return tuple(round(side * math.sqrt(area)) for side in sides)
+
+
+def _resized_sides(sides: tuple[int, ...], factor: float) -> tuple[int, ...]:
+  return tuple(max(1, round(side * factor)) for side in sides)
+
+
+# what sides a strength comes to in whole pixels: those of the image, or none, where it is too small
+_SIDES = {"crop": _cropped_sides, "erase": _erased_sides, "resize": _resized_sides}
 
 
 def _to_pil(image: ByteImage):
@@ -71,7 +100,7 @@ def noise(image: ByteImage, std: float, rng: np.random.Generator) -> ByteImage:
 def crop(image: ByteImage, share: float, rng: np.random.Generator) -> ByteImage:
   """A part at random, each side shorter by this share of it, enlarged bilinearly to the old size."""
   height, width, channels = image.shape
-  box_h, box_w = (max(1, round(side * (1 - share))) for side in (height, width))
+  box_h, box_w = _cropped_sides((height, width), share)
   top, left = rng.integers(height - box_h + 1), rng.integers(width - box_w + 1)
   part = _to_pil(image).crop((left, top, left + box_w, top + box_h))
   return _from_pil(part.resize((width, height), _bilinear()), channels)
@@ -80,7 +109,7 @@ def crop(image: ByteImage, share: float, rng: np.random.Generator) -> ByteImage:
 def resize(image: ByteImage, factor: float, rng=None) -> ByteImage:
   """At this factor of its size, and back, bilinearly."""
   height, width, channels = image.shape
-  small = _to_pil(image).resize((max(1, round(width * factor)), max(1, round(height * factor))), _bilinear())
+  small = _to_pil(image).resize(_resized_sides((width, height), factor), _bilinear())
   return _from_pil(small.resize((width, height), _bilinear()), channels)
 
 
@@ -111,7 +140,7 @@ def contrast(image: ByteImage, factor: float, rng=None) -> ByteImage:
 def erase(image: ByteImage, area: float, rng: np.random.Generator) -> ByteImage:
   """A black rectangle of the image's proportions at random, this part of its area."""
   height, width, _ = image.shape
-  box_h, box_w = (round(side * math.sqrt(area)) for side in (height, width))
+  box_h, box_w = _erased_sides((height, width), area)
   top, left = rng.integers(height - box_h + 1), rng.integers(width - box_w + 1)
   erased = image.copy()
   erased[top : top + box_h, left : left + box_w] = 0

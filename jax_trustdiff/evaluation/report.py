@@ -425,7 +425,7 @@ def attack_panels(
       axis.axhline(before, color=_MUTED, linewidth=1, linestyle=":", label="no attack")
       axis.axhline(0.5, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), label="chance")
       axis.set_title(name.replace("_", " "))
-      axis.set_ylim(0.4, 1.03)
+      axis.set_ylim(min(0.4, accuracies.min()) - 0.03, 1.03)
       axis.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
       right = axis.twinx()
       logarithms = np.log10(np.maximum(ps, 1e-300))

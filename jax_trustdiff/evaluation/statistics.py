@@ -44,6 +44,18 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
   return float(np.mean(values)), float(special.stdtrit(n - 1, 0.975) * spread / math.sqrt(n))
 
 
+def share_interval(shares: Float[np.ndarray, "n"]) -> tuple[float, float]:
+  """(low, high): a 95 % interval for the mean of what lies in [0, 1], such as the part of the bits of each image that is read right.
+
+  The normal one of `crossed_interval`, cut to [0, 1]. Where all are 1, or all 0, it would have no width: then that of Clopper and Pearson for
+  the part of the images of which it is not so, the worst that they could be.
+  """
+  if np.all(shares == 1) or np.all(shares == 0):
+    return binomial_interval(int(shares.sum()), len(shares))
+  mean, half = crossed_interval(np.asarray(shares, np.float64)[None])
+  return max(mean - half, 0.0), min(mean + half, 1.0)
+
+
 def crossed_interval(values: Float[np.ndarray, "seeds images"]) -> tuple[float, float]:
   """(mean, half width): a 95 % interval for the mean over all seeds and all images, of which these are a sample.
 

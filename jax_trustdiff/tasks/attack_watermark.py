@@ -6,8 +6,10 @@ images together, with its exact p-value, beside the bit accuracy of single ones.
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +18,28 @@ import numpy as np
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
 from jax_trustdiff.data import pipeline, records, sources
+from jax_trustdiff.data.pseudo_labels import fingerprint as of_images
 from jax_trustdiff.diffusion.solvers import initial_noise
 from jax_trustdiff.evaluation import image_attacks, report, statistics
-from jax_trustdiff.tasks import codecs, denoisers, detect_watermark, generation_metrics, reports
+from jax_trustdiff.tasks import (
+  codecs,
+  denoisers,
+  detect_watermark,
+  generation_metrics,
+  reports,
+  store_writing,
+)
 from jax_trustdiff.tasks.journal import FolderJournal
 from jax_trustdiff.tasks.sampling import image_keys, quantise
 from jax_trustdiff.training.progress import ProgressReport, say
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, to_signed, to_unit
 from jax_trustdiff.watermark import detection, removal
-from jax_trustdiff.watermark.codec import BoundCodec, psnr
+from jax_trustdiff.watermark.codec import BoundCodec
 from jax_trustdiff.watermark.keys import WatermarkKey
 
 JOURNAL, TABLE = "journal", "table.md"
+REGENERATE = 2**31 - 5  # folded into an image's key: no number of a step, and not that of any other draw
 NONE = "none"
 SAMPLER_ATTACKS = ("steps", "euler_steps", "churn")  # they change the sampler
 OF_IMAGES = (*image_attacks.KINDS, "regenerate", "flip_bits")
@@ -65,12 +76,12 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   if section.num_images < 2:
     raise InputError(f"detect.num_images must be at least 2, found {section.num_images}")
   attacks = _attacks(config)
-  images = _Images(config, codec, key, mesh)
-  reference = _reference(config)
+  images = _Images(config, attacks, codec, key, mesh)
+  reference = _reference(config, images.number)
+  extract = generation_metrics.build_extractor(config.metrics, mesh) if reference is not None else None
 
   workdir.open()
-  journal = FolderJournal(workdir / JOURNAL)
-  extract = generation_metrics.build_extractor(config.metrics, mesh) if reference is not None else None
+  journal = _journal(workdir, codec, key, images)
   statistics_of_reference = extract(reference, "reference image") if reference is not None else None
   found, shown = {}, {}
   with ProgressReport("attack", len(attacks)) as progress:
@@ -89,8 +100,18 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     if name != "interval"
   }
   if parallel.is_main_process():
-    _report(config, workdir, found, shown, metrics, codebook.shape[1], needed, key)
+    _report(config, workdir, found, shown, images.number, codebook.shape[1], needed, key)
   return metrics
+
+
+def _journal(workdir: Workdir, codec: BoundCodec, key: WatermarkKey, images: "_Images") -> FolderJournal:
+  """What is done is kept for these very networks, images and key; for the owner's eyes, since logits tell the key."""
+  what = (codecs.fingerprint(codec), key.key_id, images.fingerprint())
+  folder = workdir / f"{JOURNAL}-{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}"
+  if parallel.is_main_process():
+    folder.mkdir(mode=0o700, exist_ok=True)
+  parallel.barrier("folder of the journal")
+  return FolderJournal(folder)
 
 
 def _attacks(config) -> list[Attack]:
@@ -109,35 +130,83 @@ def _attacks(config) -> list[Attack]:
   return found
 
 
+BOUNDS = {
+  "bfloat16": (1, 1),  # it has no strengths
+  "weight_bits": (2, 16),
+  "prune": (0, 1),
+  "flip_bits": (0, 1),
+  "steps": (2, math.inf),
+  "euler_steps": (2, math.inf),
+}
+
+
 def _check_strength(kind: str, strength: float) -> None:
   if kind in image_attacks.KINDS:
     image_attacks.check(kind, strength)
-  elif kind in ("steps", "euler_steps", "weight_bits") and (strength != int(strength) or strength < 2):
-    raise InputError(f"attacks.{kind} takes whole numbers of at least 2, found {strength:g}")
-  elif not 0 < strength < math.inf or (kind in ("prune", "flip_bits") and strength > 1):
-    most = " and at most 1" if kind in ("prune", "flip_bits") else ""
-    raise InputError(f"strengths of attacks.{kind} are above 0{most}, found {strength:g}")
+    return
+  low, high = BOUNDS.get(kind, (0, math.inf))
+  if not low <= strength <= high or strength in (0, math.inf):
+    raise InputError(
+      f"strengths of attacks.{kind} lie above 0 within {low:g} to {high:g}, found {strength:g}"
+    )
+  if kind in ("steps", "euler_steps", "weight_bits") and strength != int(strength):
+    raise InputError(f"attacks.{kind} takes whole numbers, found {strength:g}")
+
+
+def _changes(attack: Attack) -> dict[str, Any]:
+  """What an attack on the sampler changes in its section; nothing for other attacks."""
+  return {
+    "steps": {"num_steps": int(attack.strength)},
+    "euler_steps": {"num_steps": int(attack.strength), "solver": "euler"},
+    "churn": {"churn": attack.strength},
+  }.get(attack.kind, {})
 
 
 class _Images:
   """The images before any attack, and after each: samples of the model of init_from, or those of config.data."""
 
-  def __init__(self, config, codec: BoundCodec, key: WatermarkKey, mesh):
+  def __init__(self, config, attacks: list[Attack], codec: BoundCodec, key: WatermarkKey, mesh):
     self._config, self._codec, self._mesh = config, codec, mesh
     self._model = denoisers.load_or_make(config)[0] if config.init_from else None
     self._regenerator = denoisers.load_denoiser(config.regenerator) if config.regenerator else self._model
     if self._model is None:
       self._source = detect_watermark.source_of(config, config.data, codec, key)
-      shape = self._source.image_shape
+      shape, self.number = self._source.image_shape, len(self._source)
+      if self.number < 2:
+        raise InputError(f"attacks are measured on at least 2 images, found {self.number}")
     else:
-      shape = self._model.network.image_shape
+      shape, self.number = self._model.network.image_shape, config.detect.num_images
       detect_watermark.check_size(config, shape, "the model's samples", codec, key)
-      detect_watermark.build_sampler(config, self._model, mesh)  # raises where it does not fit
+      for attack in attacks:  # raises where one does not fit
+        detect_watermark.build_sampler(config, self._model, mesh, **_changes(attack))
     if self._regenerator is not None and self._regenerator.network.image_shape != shape:
       raise InputError(
         f"the regenerator makes images of {self._regenerator.network.image_shape}, and these are {shape}"
       )
+    for attack in attacks:
+      if attack.kind in image_attacks.KINDS:
+        image_attacks.check(attack.kind, attack.strength, shape)
+      if attack.kind == "regenerate":
+        self._backwards(attack.strength)
     self._before = None
+
+  def fingerprint(self) -> list[str]:
+    """Of the images, or of the model that makes them, and of the regenerator."""
+    found = [] if self._model else [of_images(self._source)]
+    for model in filter(None, (self._model, self._regenerator)):
+      found.append(store_writing.fingerprint(repr(model.network), model.variables))
+    return found
+
+  def _backwards(self, sigma: float):
+    """The sampler from this noise level down."""
+    section = config_lib.to_plain(self._config.sampler) | {"sigma_max": sigma}
+    section["num_steps"] = self._config.regenerate.num_steps
+    sampler = denoisers.build_sampler(section, self._regenerator.preconditioning)
+    if not hasattr(sampler, "sigmas") or not math.isclose(float(sampler.sigmas[0]), sigma, rel_tol=0.05):
+      raise InputError(
+        f"attacks.regenerate: sampler {self._config.sampler.name!r} of this model cannot begin at sigma {sigma:g}"
+      )
+    return sampler
 
   def before(self) -> np.ndarray:
     """bytes [n h w c], made once"""
@@ -156,12 +225,7 @@ class _Images:
     if kind in removal.WEIGHT_ATTACKS:
       return self._sample(self._with_weights(attack), {}, str(attack))
     if kind in SAMPLER_ATTACKS:
-      changes = {
-        "steps": {"num_steps": int(strength)},
-        "euler_steps": {"num_steps": int(strength), "solver": "euler"},
-        "churn": {"churn": strength},
-      }[kind]
-      return self._sample(self._model, changes, str(attack))
+      return self._sample(self._model, _changes(attack), str(attack))
     if kind == "regenerate":
       return self._regenerate(strength)
     if kind == "flip_bits":
@@ -179,26 +243,24 @@ class _Images:
     return detect_watermark.sample(self._config, model, sampler, what)
 
   def _map(self, function: Callable, what: str) -> np.ndarray:
-    source = records.image_source([self.before()], [np.zeros(len(self.before()), np.int32)], "images")
+    source = records.unlabelled(self.before(), "images")
     with ProgressReport(what, len(source)) as progress:
       return pipeline.map_images(
         function, source, self._config.detect.batch_size, self._mesh, progress=progress.update
       )
 
   def _regenerate(self, sigma: float) -> np.ndarray:
-    model = self._regenerator
-    section = config_lib.to_plain(self._config.sampler) | {"sigma_max": sigma}
-    section["num_steps"] = self._config.regenerate.num_steps
-    sampler = denoisers.build_sampler(section, model.preconditioning)
+    model, sampler = self._regenerator, self._backwards(sigma)
     num_classes = model.network.num_classes
-    seed = self._config.seed + 1  # not the noise that the images were made of
+    seed = self._config.seed
 
     @jax.jit
     def run(model, batch):
-      keys = image_keys(seed, batch["id"])
+      # not the noise that the images were made of
+      keys = jax.vmap(lambda key: jax.random.fold_in(key, REGENERATE))(image_keys(seed, batch["id"]))
       denoise = model.with_labels(batch["id"] % num_classes) if num_classes else model  # as `balanced_labels`
       noise = initial_noise(keys, batch["image"].shape[1:])
-      return quantise(removal.regenerate(denoise, sampler, to_signed(batch["image"]), sigma, noise, keys))
+      return quantise(removal.regenerate(denoise, sampler, to_signed(batch["image"]), noise, keys))
 
     placed = parallel.replicate_to_devices(self._mesh, model)
     return self._map(lambda batch: run(placed, batch), "image regenerated")
@@ -215,13 +277,13 @@ class _Images:
     return self._map(lambda batch: run(placed, batch), "image attacked through the decoder")
 
 
-def _reference(config) -> records.ImageSource | None:
+def _reference(config, num_images: int) -> records.ImageSource | None:
   if config.reference.name == "none":
     return None
   source = config_lib.build(sources.SOURCES, config.reference, split="train")
   if config.detect.num_reference:
     source = records.limit(source, config.detect.num_reference)
-  generation_metrics.check(config.metrics, config.detect.num_images, len(source))
+  generation_metrics.check(config.metrics, num_images, len(source))
   return source
 
 
@@ -230,14 +292,13 @@ def _one(
 ) -> dict[str, np.ndarray]:
   """What the journal keeps of an attack: logits [n bits], psnr [n] where it is on images, fid, and the first images."""
   attacked = images.after(attack)
-  source = records.image_source([attacked], [np.zeros(len(attacked), np.int32)], "attacked images")
+  source = records.unlabelled(attacked, "attacked images")
   found = {
     "logits": detect_watermark.logits_of(codec, source, config.detect.batch_size, mesh),
     "shown": attacked[: config.report.num_images],
   }
   if attack.kind in OF_IMAGES:
-    difference = (attacked.astype(np.float32) - images.before()) / 255
-    found["psnr"] = np.asarray(psnr(jnp.asarray(np.square(difference).mean((1, 2, 3)))))
+    found["psnr"] = image_attacks.psnr(images.before(), attacked)
   if extract is not None:
     measured = generation_metrics.generation_metrics(
       extract(source, ""), reference, config.metrics, config.seed
@@ -249,11 +310,10 @@ def _one(
 def _summary(known: dict[str, np.ndarray], key: np.ndarray, needed: int) -> dict[str, float]:
   logits, num_bits = known["logits"], len(key)
   singles = np.asarray(detection.count_matches(logits, key))
-  together = int((np.asarray(detection.read(logits)) == key).sum())
-  mean, half = statistics.crossed_interval((singles / num_bits)[None].astype(np.float64))
+  together, shares = detection.matches_together(logits, key), singles / num_bits
   found = {
-    "bit_accuracy": mean,
-    "interval": half,
+    "bit_accuracy": float(shares.mean()),
+    "interval": statistics.share_interval(shares),
     "matches": together,
     "p": detection.p_value(together, num_bits),
     "detected_share": float((singles >= needed).mean()),
@@ -263,7 +323,7 @@ def _summary(known: dict[str, np.ndarray], key: np.ndarray, needed: int) -> dict
 
 
 def _report(
-  config, workdir: Workdir, found, shown, metrics, num_bits: int, needed: int, key: WatermarkKey
+  config, workdir: Workdir, found, shown, num_images: int, num_bits: int, needed: int, key: WatermarkKey
 ) -> None:
   """table.md, a panel for every attack, the first images after each, and report.html, in workdir/report."""
   folder = workdir / "report"
@@ -285,7 +345,7 @@ def _report(
       [
         attack.kind.replace("_", " "),
         f"{attack.strength:g} {unit}".strip() if attack.kind != NONE else "",
-        f"{of['bit_accuracy']:.2%} ± {100 * of['interval']:.2f}",
+        "{:.2%} ({:.2%} to {:.2%})".format(of["bit_accuracy"], *of["interval"]),
         f"{of['matches']} of {num_bits}",
         f"{of['p']:.2g}",
         f"{of['detected_share']:.1%}",
@@ -317,7 +377,7 @@ def _report(
     folder / "report.html",
     title="What attacks leave of a mark",
     summary=(
-      f"{config.detect.num_images:,} images, {num_bits} bits. A detection needs {needed} of them, which happens by chance with a probability "
+      f"{num_images:,} images, {num_bits} bits. A detection needs {needed} of them, which happens by chance with a probability "
       f"of at most {config.detect.false_positive_rate:g}.{drawn}"
     ),
     metrics={},

@@ -46,6 +46,8 @@ def load_codec(directory: str | os.PathLike) -> BoundCodec:
       f"{directory} holds another network ({name}), no watermark codec: train one with configs/wm_codec.py"
     )
   codec, variables, _ = export.load_export(directory)
+  if not isinstance(codec, WatermarkCodec):
+    raise InputError(f"{directory} holds {type(codec).__name__}, no watermark codec")
   return BoundCodec(codec, jax.tree.map(jnp.asarray, variables))
 
 
@@ -63,8 +65,17 @@ def load_or_make(config, path: str, key: str) -> BoundCodec:
 
 
 def fingerprint(codec: BoundCodec) -> str:
-  """SHA-256 of the codec's description and of the values of its parameters, whatever file they lie in."""
-  return store_writing.fingerprint(repr(codec.network), codec.variables["params"])
+  """SHA-256 of what the codec computes: its kind, the fields that are not the defaults, but for dtype, and its parameters.
+
+  A field that later versions add, with the default that computes the same, changes nothing.
+  """
+  fields = {
+    field.name: getattr(codec.network, field.name)
+    for field in dataclasses.fields(codec.network)
+    if field.name != "dtype" and getattr(codec.network, field.name) != field.default
+  }
+  described = {"kind": type(codec.network).__name__} | fields
+  return store_writing.fingerprint(described, codec.variables["params"])
 
 
 def marked_bytes(codec: BoundCodec, images: jax.typing.ArrayLike, bits: jax.typing.ArrayLike) -> jax.Array:
@@ -82,9 +93,14 @@ class Marker:
   codec: BoundCodec
   key: keys.WatermarkKey
 
-  def __call__(self, variables: Variables, images: jax.Array) -> jax.Array:
-    """Marked bytes; `variables` are those of the codec, given so that they are no constants of a program."""
-    return marked_bytes(dataclasses.replace(self.codec, variables=variables), images, self.key.array)
+  @property
+  def state(self) -> Variables:
+    """The codec's variables and the string: arguments of a program, not constants in it, which a compilation cache would keep."""
+    return {"codec": self.codec.variables, "bits": jnp.asarray(self.key.array)}
+
+  def __call__(self, state: Variables, images: jax.Array) -> jax.Array:
+    """Marked bytes, with the `state` of this marker."""
+    return marked_bytes(dataclasses.replace(self.codec, variables=state["codec"]), images, state["bits"])
 
 
 def load_marker(config, source: ImageSource) -> Marker | None:
@@ -104,6 +120,11 @@ def load_marker(config, source: ImageSource) -> Marker | None:
       "watermark.survives_augment=True if the codec was trained through it"
     )
   if not section.codec:
+    if section.required and not source.key_id:
+      raise InputError(
+        "the images are not marked: give data.path=<run of wm_embed.py>/images, or watermark.codec and watermark.key; "
+        "watermark.required=False trains without a mark"
+      )
     return None
   if source.key_id:
     raise InputError(
@@ -113,7 +134,16 @@ def load_marker(config, source: ImageSource) -> Marker | None:
   check_key(key, codec)
   if source.image_shape != key.image_shape:
     raise InputError(f"the key is for images of {key.image_shape}, and these are {source.image_shape}")
-  return Marker(codec, key)
+  marker = Marker(codec, key)
+  looked_at = source.take(np.arange(min(256, len(source))))["image"]
+  marked = to_unit(jax.jit(marker)(marker.state, looked_at))
+  accuracy = float(((jax.jit(BoundCodec.decode)(codec, marked) > 0) == (key.array > 0)).mean())
+  if accuracy < section.least_bit_accuracy:
+    raise InputError(
+      f"only {accuracy:.1%} of the bits are read back from the first {len(looked_at)} images, less than watermark.least_bit_accuracy="
+      f"{section.least_bit_accuracy:g}: train the codec longer, or for these images"
+    )
+  return marker
 
 
 # ---- keys ----
@@ -126,7 +156,7 @@ def read_key(path: str | os.PathLike) -> keys.WatermarkKey:
     file = file / KEY_FILE
   if not file.is_file():
     raise InputError(f"no key file {file}: wm_embed.py writes one, {KEY_FILE} in its workdir")
-  return keys.from_json(file.read_text(), str(file))
+  return keys.from_json(_text(file, "a key file"), str(file))
 
 
 def read_secret(path: str) -> str:
@@ -134,12 +164,21 @@ def read_secret(path: str) -> str:
   file = pathlib.Path(path).expanduser()
   if not file.is_file():
     raise InputError(f"no file with a secret, {file}: write a long random text into one, and keep it")
-  secret = file.read_text().strip()
+  secret = _text(file, "a file with a secret").strip()
   if len(secret) < 16:
     raise InputError(
       f"the secret in {file} has {len(secret)} characters; give at least 16 that nobody guesses"
     )
   return secret
+
+
+def _text(file: pathlib.Path, what: str) -> str:
+  try:
+    return file.read_text()
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(
+      f"{file} cannot be read as {what}: {getattr(error, 'strerror', None) or 'it is no text'}"
+    ) from None
 
 
 def choose_key(
@@ -153,6 +192,8 @@ def choose_key(
   asked = [name for name in ("file", "demo", "secret_file") if section[name]]
   if len(asked) > 1:
     raise InputError(f"the key comes from one place, found key.{' and key.'.join(asked)}")
+  if section.user and not section.secret_file:
+    raise InputError(f"key.user={section.user} is one of many with a common secret: give key.secret_file")
   num_bits = codec.network.num_bits
   if (workdir / KEY_FILE).exists():
     key = read_key(workdir / KEY_FILE)

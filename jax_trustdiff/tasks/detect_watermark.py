@@ -23,12 +23,14 @@ from jax_trustdiff.watermark.codec import BoundCodec
 from jax_trustdiff.watermark.payloads import BCHCode
 
 VERDICT = "verdict.json"
+MOST_BARS = 64  # bits shown one by one
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
   """Writes workdir/verdict.json and returns its numbers.
 
-  matches, of num_bits; p, log10_p, threshold and detected (1 or 0) at detect.false_positive_rate; bit_accuracy of single images;
+  matches, of num_bits; p, log10_p, threshold and detected (1 or 0) at detect.false_positive_rate; key_drawn (1 or 0), without which p says
+  nothing; bit_accuracy of single images;
   detected_share, the part of them that reach the threshold alone, with its interval; user, if there are several. With null images also
   null/bit_accuracy, null/false_positive_rate of single ones with its interval, and null/p of all of them together. control/smallest_p is
   the smallest p-value of all images together over detect.control_keys random keys that nothing was marked with; payload_is_right
@@ -56,7 +58,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   workdir.open()
   if model is not None:
     images = sample(config, model, sampler)
-    source = records.image_source([images], [np.zeros(len(images), np.int32)], "samples")
+    source = records.unlabelled(images, "samples")
   logits = logits_of(codec, source, section.batch_size, mesh)
   verdict = detection.judge(
     logits,
@@ -70,14 +72,13 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   found = verdict.to_dict() | {
     "key_drawn": key is None or key.drawn,
     "detected_share_interval": statistics.binomial_interval(share, len(source)),
-    "bits": keys.as_text(detection.read(logits)),
   }
   best = codebook[verdict.user or 0]
   matches = {"these images": np.asarray(detection.count_matches(logits, best))}
   if null is not None:
     clean = logits_of(codec, null, section.batch_size, mesh)
     matches["images without a mark"] = np.asarray(detection.count_matches(clean, best))
-    found["null"] = _null(clean, best, verdict, matches["images without a mark"])
+    found["null"] = _null(clean, codebook, verdict)
   if key is not None and key.num_errors:
     found["payload"] = _payload(key, np.asarray(detection.read(logits)))
   if section.control_keys:
@@ -116,7 +117,7 @@ def source_of(config, section, codec: BoundCodec, key: keys.WatermarkKey | None)
   """The images of a section of SOURCES, at most detect.num_images of them; InputError for another size."""
   source = config_lib.build(sources.SOURCES, section, split=config.detect.split)
   if config.detect.num_images:
-    source = records.limit(source, min(config.detect.num_images, len(source)))
+    source = source.select(np.arange(min(config.detect.num_images, len(source))))
   check_size(config, source.image_shape, "these", codec, key)
   return source
 
@@ -157,13 +158,14 @@ def logits_of(codec: BoundCodec, source: records.ImageSource, batch_size: int, m
   return pipeline.map_images(lambda batch: decode(placed, batch), source, batch_size, mesh)
 
 
-def _null(logits: np.ndarray, key: np.ndarray, verdict: detection.Verdict, matches: np.ndarray) -> dict:
-  """What images without a mark say: how often single ones reach the threshold, and the p-value of all together."""
-  together = int((np.asarray(detection.read(logits)) == key).sum())
-  detected = int((matches >= verdict.threshold).sum())
+def _null(logits: np.ndarray, codebook: np.ndarray, verdict: detection.Verdict) -> dict:
+  """What images without a mark say: how often single ones reach the threshold with any of the keys, and the p-value of all together."""
+  best = np.asarray(detection.most_matches(logits, codebook))
+  _, together = detection.trace(detection.read(logits), codebook)
+  detected = int((best >= verdict.threshold).sum())
   return {
     "num_images": len(logits),
-    "bit_accuracy": float(matches.mean() / verdict.num_bits),
+    "bit_accuracy": float(best.mean() / verdict.num_bits),
     "false_positive_rate": detected / len(logits),
     "false_positive_rate_interval": statistics.binomial_interval(detected, len(logits)),
     "matches": together,
@@ -207,7 +209,8 @@ def _metrics(found: dict) -> dict[str, float]:
     "num_images",
     "num_users",
   )
-  metrics = {name: found[name] for name in names} | {"detected": int(found["decision"])}
+  metrics = {name: found[name] for name in names}
+  metrics |= {"detected": int(found["decision"]), "key_drawn": int(found["key_drawn"])}
   if found["user"] is not None:
     metrics["user"] = found["user"]
   if "payload" in found:
@@ -243,18 +246,26 @@ def _report(
     num_bins=num_bits + 1,
   )
   agreeing = np.where(key > 0, logits, -logits).mean(0)
-  report.bars(
-    {str(i): {"mean logit of the key's bit": float(value)} for i, value in enumerate(agreeing)},
-    folder / "bits.png",
-    ylabel="logit",
-    percent=False,
-  )
+  figures = [(folder / "matches.png", "Bits that agree with the key, of each image alone")]
+  if num_bits <= MOST_BARS:
+    report.bars(
+      {str(i): {"mean logit of the key's bit": float(value)} for i, value in enumerate(agreeing)},
+      folder / "bits.png",
+      ylabel="logit",
+      percent=False,
+    )
+    caption = "How each bit of the key is read, mean over the images: above 0 right, below 0 wrong"
+    figures.append((folder / "bits.png", caption))
   shown = source.take(np.arange(min(config.report.num_images, len(source))))["image"]
   report.image_grid(shown, folder / "images.png")
   low, high = found["detected_share_interval"]
   decided = "carry the mark" if found["decision"] else "do not show the mark"
   users = f" among {found['num_users']:,} users" if found["num_users"] > 1 else ""
   who = f" of user {found['user']}" if found["user"] is not None and found["decision"] else ""
+  chance = f", which happens by chance with probability {found['p']:.3g}{users}"
+  if not found["key_drawn"]:
+    decided = f"agree with a published key in {found['matches']} of {num_bits} bits"
+    chance = ". Nobody drew this key at random, so no probability of chance can be given"
   rows = [
     ["agreeing bits of all images together", f"{found['matches']} of {num_bits}"],
     ["needed for a detection", str(found["threshold"])],
@@ -298,10 +309,7 @@ def _report(
   report.html_report(
     folder / "report.html",
     title=f"These images {decided}{who}",
-    summary=(
-      f"{found['num_images']:,} images: {found['matches']} of {num_bits} bits agree with the key, which happens by chance with "
-      f"probability {found['p']:.3g}{users}."
-    ),
+    summary=f"{found['num_images']:,} images: {found['matches']} of {num_bits} bits agree with the key{chance}.",
     metrics=metrics,
     figures=[
       (folder / "matches.png", "Bits that agree with the key, of each image alone"),

@@ -17,12 +17,13 @@ from jax_trustdiff import parallel
 from jax_trustdiff.data import pipeline, records, sources
 from jax_trustdiff.data.image_store import ImageStore, StorePlan, check_place
 from jax_trustdiff.data.pseudo_labels import fingerprint as of_images
-from jax_trustdiff.evaluation import report
+from jax_trustdiff.evaluation import image_attacks, report
 from jax_trustdiff.tasks import codecs, reports, store_writing
 from jax_trustdiff.training.progress import ProgressReport, say
 from jax_trustdiff.training.workdir import Workdir, write_atomically
 from jax_trustdiff.types import InputError, RunError, to_unit
-from jax_trustdiff.watermark.codec import BoundCodec, psnr
+from jax_trustdiff.watermark import detection
+from jax_trustdiff.watermark.codec import BoundCodec
 from jax_trustdiff.watermark.keys import WatermarkKey
 
 
@@ -30,7 +31,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   """Marks the images of this worker's shards that are missing, and returns what was read back of the whole store.
 
   num_images, bit_accuracy, exact (the part of the images of which every bit is read right), psnr (mean over the images, decibels),
-  and of this session marked, seconds and images_per_second. Without the last three until all workers are done. RunError, and
+  and of this session marked, seconds and images_per_second; these and num_images alone as long as other workers are not done. RunError, and
   no manifest, if fewer of the bits are read right than embed.least_bit_accuracy.
   """
   section = config.embed
@@ -41,7 +42,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   codec = codecs.load_or_make(config, config.init_from, "init_from")
   source = config_lib.build(sources.SOURCES, config.data, split=section.split)
   if section.num_images:
-    source = records.limit(source, section.num_images)
+    source = source.select(np.arange(min(section.num_images, len(source))))
   _check(config, codec, source, mesh)
   key = codecs.choose_key(config.key, codec, source.image_shape, workdir)
   plan = StorePlan(
@@ -105,6 +106,10 @@ def _check(config, codec: BoundCodec, source: records.ImageSource, mesh) -> None
     raise InputError(f"embed.images_per_shard must be at least 1, found {section.images_per_shard}")
   if not 0 <= section.least_bit_accuracy <= 1:
     raise InputError(f"embed.least_bit_accuracy must lie between 0 and 1, found {section.least_bit_accuracy}")
+  if source.key_id:
+    raise InputError(
+      f"the images are marked already, with the key {source.key_id}: a second mark would spoil the first"
+    )
   made_for = codec.network.image_shape
   if source.image_shape != made_for and not section.any_size:
     raise InputError(
@@ -121,12 +126,13 @@ def _check(config, codec: BoundCodec, source: records.ImageSource, mesh) -> None
 def _maker(
   codec: BoundCodec, bits: np.ndarray, source: records.ImageSource, batch_size: int, mesh
 ) -> store_writing.Make:
-  mark = jax.jit(lambda codec, batch: codecs.marked_bytes(codec, batch["image"], bits))
-  placed = parallel.replicate_to_devices(mesh, codec)
+  # the string is an argument: a constant would lie in the compilation cache
+  mark = jax.jit(lambda codec, bits, batch: codecs.marked_bytes(codec, batch["image"], bits))
+  placed, bits = parallel.replicate_to_devices(mesh, (codec, bits))
 
   def make(rows, progress):
     part = source.select(np.asarray(rows))
-    images = pipeline.map_images(lambda batch: mark(placed, batch), part, batch_size, mesh, progress)
+    images = pipeline.map_images(lambda batch: mark(placed, bits, batch), part, batch_size, mesh, progress)
     return images, part.labels, part.ids
 
   return make
@@ -138,19 +144,18 @@ def _read_back(
   """(matches, PSNR) of every image in the store, as it lies on the disk."""
 
   @jax.jit
-  def count(codec, batch):
-    return ((codec.decode(to_unit(batch["image"])) > 0) == (bits > 0)).sum(1)
+  def count(codec, bits, batch):
+    return detection.count_matches(codec.decode(to_unit(batch["image"])), bits)
 
-  placed = parallel.replicate_to_devices(mesh, codec)
+  placed, bits = parallel.replicate_to_devices(mesh, (codec, bits))
   matches, decibels = [], []
   with ProgressReport("image read back", len(source)) as progress:
     for shard in range(store.plan.num_shards):
       rows = np.asarray(store.plan.rows(shard))
       marked = np.asarray(store.read(shard)["images"])
-      part = records.image_source([marked], [np.zeros(len(rows), np.int32)], "marked images")
-      matches.append(pipeline.map_images(lambda batch: count(placed, batch), part, batch_size, mesh))
-      difference = marked.astype(np.float32) - source.take(rows)["image"]
-      decibels.append(np.asarray(psnr(jnp.asarray(np.square(difference / 255).mean((1, 2, 3))))))
+      part = records.unlabelled(marked, "marked images")
+      matches.append(pipeline.map_images(lambda batch: count(placed, bits, batch), part, batch_size, mesh))
+      decibels.append(image_attacks.psnr(source.take(rows)["image"], marked))
       progress.update(int(rows[-1]) + 1)
   return np.concatenate(matches), np.concatenate(decibels)
 

@@ -209,7 +209,7 @@ def _distances(config, images, reference: records.ImageSource, mesh) -> dict[str
   real = extract(reference, "reference image")
   features = {}
   for name, of in images.items():
-    source = records.image_source([of], [np.zeros(len(of), np.int32)], name)
+    source = records.unlabelled(of, name)
     features[name] = extract(source, f"feature of {name}").features
 
   def distance(rows):

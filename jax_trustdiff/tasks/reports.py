@@ -232,12 +232,9 @@ def codec_report(config, workdir: Workdir, measured, metrics) -> None:
     matches=measured.matches.tolist(),
     num_bits=num_bits,
   )
-  bounds = {
-    name: (max(mean - half_width, 0.0), min(mean + half_width, 1.0))
-    for name, (mean, half_width) in measured.after.items()
-  }
+  bounds = {name: ends for name, (_, *ends) in measured.after.items()}
   report.bars(
-    {name.replace("_", " "): {"bit accuracy": mean} for name, (mean, _) in measured.after.items()},
+    {name.replace("_", " "): {"bit accuracy": mean} for name, (mean, *_) in measured.after.items()},
     folder / "attacks.png",
     ylabel="bit accuracy",
     intervals={name.replace("_", " "): {"bit accuracy": interval} for name, interval in bounds.items()},

@@ -34,7 +34,10 @@ def run(task: Callable[..., dict[str, float]], config, workdir: Workdir) -> dict
     results.append(found)
   workdir.open()
   metrics = {}
-  for name in results[0]:
+  shared = [name for name in results[0] if all(name in result for result in results)]
+  if lost := sorted({name for result in results for name in result} - set(shared)):
+    say(f"not all seeds have {', '.join(lost)}: left out")
+  for name in shared:
     mean, half_width = statistics.mean_interval([float(r[name]) for r in results])
     metrics |= {name: mean, f"{name}/interval": half_width}
   return metrics

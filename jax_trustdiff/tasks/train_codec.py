@@ -44,6 +44,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   """
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.model, config.mesh.shard)
   data = image_training.load_data(config)
+  parallel.check_batch(config.eval.batch_size, mesh)
   _check(config, data)
   codec = codecs.build_codec(config.model, data.train.image_shape)
   loss, gate = make_loss(config, codec), build_gate(config)
@@ -113,8 +114,8 @@ def bits_of(codec: WatermarkCodec, seed: int, ids: jax.typing.ArrayLike) -> Bits
 class Watch:
   """Held-out bit accuracy and PSNR: callable as `loop.fit`'s validate(state) -> metrics of the averaged parameters.
 
-  Says how the training does. NotLearned where, from train.learned_by steps on, the parameters themselves are read with a bit
-  accuracy below train.learned_above.
+  learned_at_step is -1 as long as the gate is shut. Says how the training does. NotLearned where, from train.learned_by steps on (of a shorter
+  training at its end; 0: never), the parameters themselves are read with a bit accuracy below train.learned_above.
   """
 
   def __init__(self, config, codec: WatermarkCodec, gate: ImageGate, data: image_training.Data, mesh):
@@ -124,16 +125,17 @@ class Watch:
   def __call__(self, train_state: state.TrainState) -> dict[str, float]:
     step, counter = int(train_state.step), int(train_state.collections[OBJECTIVE]["gate"])
     raw = self._means({"params": train_state.params})["bit_accuracy"]
-    if step >= self._config.train.learned_by and raw < self._config.train.learned_above:
+    by = min(self._config.train.learned_by, image_training.num_steps_of(self._config))
+    if 0 < by <= step and raw < self._config.train.learned_above:
       raise NotLearned(f"after {step:,} steps only {raw:.1%} of the bits are read right")
     found = self._means(train_state.ema_variables)
-    learned = {} if counter == NOT_YET else {"learned_at_step": step - counter}
-    read = f"read since step {step - counter:,}" if learned else "not read yet"
+    learned_at = NOT_YET if counter == NOT_YET else step - counter
+    read = "not read yet" if counter == NOT_YET else f"read since step {learned_at:,}"
     say(
       f"step {step:,}: {found['bit_accuracy']:.2%} of the bits read right ({raw:.2%} without averaging), {found['psnr']:.1f} dB, "
       f"weight of the image {float(self._gate.weight(jnp.array(counter))):.3g}, {read}"
     )
-    return found | {"raw_bit_accuracy": raw} | learned
+    return found | {"raw_bit_accuracy": raw, "learned_at_step": learned_at}
 
   def _means(self, variables: Variables) -> dict[str, float]:
     judge = functools.partial(self._judge, variables)
@@ -152,9 +154,9 @@ class Watch:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """What became of the held-out images: after[<attack>] is the bit accuracy and the half width of its 95 % interval."""
+  """What became of the held-out images: after[<attack>] is the bit accuracy and the ends of its 95 % interval."""
 
-  after: dict[str, tuple[float, float]]
+  after: dict[str, tuple[float, float, float]]
   images: np.ndarray  # the first report.num_images, bytes
   marked: np.ndarray  # bytes
   matches: np.ndarray  # of each of these, marked and not attacked
@@ -175,7 +177,7 @@ def measure(config, codec: BoundCodec, data: image_training.Data, mesh) -> Measu
   marked, bits = found["marked"], found["bits"] > 0
 
   def matching(images):
-    attacked = records.image_source([images], [np.zeros(len(images), np.int32)], "attacked images")
+    attacked = records.unlabelled(images, "attacked images")
     return pipeline.map_images(functools.partial(read, codec), attacked, size, mesh) == bits
 
   clean = matching(marked)
@@ -192,9 +194,10 @@ def measure(config, codec: BoundCodec, data: image_training.Data, mesh) -> Measu
   return Measured(after, images, marked[:shown], clean[:shown].sum(1), len(source))
 
 
-def _mean(right: np.ndarray) -> tuple[float, float]:
-  """The bit accuracy, and the half width of its interval over images: the bits of one are not independent."""
-  return statistics.crossed_interval(right.mean(1, dtype=np.float64)[None])
+def _mean(right: np.ndarray) -> tuple[float, float, float]:
+  """The bit accuracy, and the ends of its interval over images: the bits of one are not independent."""
+  shares = right.mean(1, dtype=np.float64)
+  return float(shares.mean()), *statistics.share_interval(shares)
 
 
 def _check(config, data: image_training.Data) -> None:
@@ -207,9 +210,9 @@ def _check(config, data: image_training.Data) -> None:
     raise InputError(
       f"train.accumulate is {config.train.accumulate}: the gate of a codec counts steps, give 1"
     )
-  if config.train.max_restarts < 0 or config.train.learned_by < 1:
+  if config.train.max_restarts < 0 or config.train.learned_by < 0:
     raise InputError(
-      f"train.max_restarts must be at least 0 and train.learned_by at least 1, found {config.train.max_restarts} and "
+      f"train.max_restarts and train.learned_by must be at least 0, found {config.train.max_restarts} and "
       f"{config.train.learned_by}"
     )
   if not 0.5 < config.train.learned_above < 1:
@@ -227,14 +230,16 @@ def _aside(workdir: Workdir, attempt: int):
 
 
 def _num_aside(workdir: Workdir) -> int:
+  """How many attempts are set aside, as process 0 sees it."""
   attempt = 0
   while _aside(workdir, attempt).exists():
     attempt += 1
-  return attempt
+  return int(parallel.of_main_process(np.int32(attempt)))
 
 
 def _set_aside(workdir: Workdir, attempt: int) -> None:
   """Metrics and checkpoints of an attempt to a folder that appears once it has them all."""
+  parallel.barrier(f"end of attempt {attempt}")
   if parallel.is_main_process():
     folder = _aside(workdir, attempt)
     partial = folder.with_name(f".{folder.name}")
@@ -249,6 +254,6 @@ def _set_aside(workdir: Workdir, attempt: int) -> None:
 def _finish_setting_aside(workdir: Workdir) -> None:
   """What a run that was killed while it did so has left to do."""
   attempt = _num_aside(workdir)
-  if (workdir / f".{ASIDE}{attempt}").exists():
+  if parallel.of_main_process(np.bool_((workdir / f".{ASIDE}{attempt}").exists())):
     workdir.open()
     _set_aside(workdir, attempt)

@@ -81,8 +81,8 @@ def build_model(config, source: sources.ImageSource) -> Model:
 
 
 def _init(model: Model, marker: codecs.Marker | None) -> Callable[[jax.Array], Variables]:
-  """Fresh variables of the network, with those of the codec that marks its images as the state of the objective."""
-  state_of = {OBJECTIVE: {"codec": marker.codec.variables}} if marker else {}
+  """Fresh variables of the network, with what marks its images as the state of the objective: checkpoints hold the string."""
+  state_of = {OBJECTIVE: {"marker": marker.state}} if marker else {}
   return lambda key: model.network.init(key) | state_of
 
 
@@ -93,7 +93,7 @@ def make_loss(config, model: Model, marker: codecs.Marker | None = None) -> imag
 
   def loss(variables, batch, key):
     flip_key, pipe_key, noise_key, dropout_key = jax.random.split(key, 4)
-    images = marker(variables[OBJECTIVE]["codec"], batch["image"]) if marker else batch["image"]
+    images = marker(variables[OBJECTIVE]["marker"], batch["image"]) if marker else batch["image"]
     variables = {name: tree for name, tree in variables.items() if name != OBJECTIVE}
     x0, augment_labels = pipe(to_signed(flips(images, flip_key)), pipe_key)
     labels = augment_labels if pipe.num_labels else None
@@ -135,8 +135,8 @@ class Watch:
 
   def __call__(self, train_state: state.TrainState) -> dict[str, float]:
     config, variables = self._config, train_state.ema_variables
-    of_codec = self._marker.codec.variables if self._marker else None
-    judge = functools.partial(self._loss, variables, of_codec)
+    of_marker = self._marker.state if self._marker else None
+    judge = functools.partial(self._loss, variables, of_marker)
     found = image_training.held_out_means(judge, self._data, config.eval.batch_size, self._mesh)
     step = int(train_state.step)
     if config.eval.num_samples and self._measures_at(step):
@@ -155,10 +155,10 @@ class Watch:
     """The PNG files of samples, by step."""
     return sorted((self._workdir / "samples").glob("*.png"))
 
-  def _losses(self, variables, of_codec, batch):
+  def _losses(self, variables, of_marker, batch):
     keys = image_training.held_out_keys(self._config.seed, batch["id"])
     denoiser = self._model.denoiser(variables, batch["label"])
-    images = self._marker(of_codec, batch["image"]) if self._marker else batch["image"]
+    images = self._marker(of_marker, batch["image"]) if self._marker else batch["image"]
     return {"loss": self._model.loss(denoiser, to_signed(images), keys)}
 
   def _sample(self, variables, ids: np.ndarray, what: str = "") -> np.ndarray:

@@ -84,6 +84,22 @@ def count_matches(logits: BitLogits, key: Key) -> Int[Array, "m"]:
   return ((jnp.asarray(logits) > 0) == (jnp.asarray(key) > 0)).sum(1)
 
 
+def matches_together(logits: BitLogits, key: Key) -> int:
+  """In how many places the string that all images carry together agrees with the key."""
+  return int((read(logits) == (jnp.asarray(key) > 0)).sum())
+
+
+def most_matches(logits: BitLogits, keys: Keys) -> Int[np.ndarray, "m"]:
+  """In how many places each image has the bit of the key that fits it best."""
+  signs = jnp.where(jnp.asarray(keys) > 0, 1, -1).astype(jnp.bfloat16)
+  found = []
+  for start in range(0, len(logits), 16):  # 16 x 10^6 agreements take 64 MB
+    rows = jnp.where(jnp.asarray(logits[start : start + 16]) > 0, 1, -1).astype(jnp.bfloat16)
+    best = jnp.matmul(rows, signs.T, preferred_element_type=jnp.float32).max(1)
+    found.append(np.rint((np.asarray(best) + keys.shape[1]) / 2).astype(np.int64))
+  return np.concatenate(found)
+
+
 def trace(bits: Key, keys: Keys) -> tuple[int, int]:
   """(user, matches): of many keys, the one that agrees with `bits` in the most places; of equals the first.
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Key
 
 from jax_trustdiff.attacks import norms, pgd
+from jax_trustdiff.diffusion.samplers import NoiseLevels
 from jax_trustdiff.types import DenoiseFn, InputError, KeyOrKeys, PyTree, Signed, Unit
 from jax_trustdiff.watermark.codec import BoundCodec
 
@@ -78,33 +78,28 @@ def prune(params: PyTree, share: float) -> PyTree:
 
 def regenerate(
   denoise: DenoiseFn,
-  sampler: Callable[..., jax.Array],
+  sampler: NoiseLevels,
   x: Signed,
-  sigma: float,
   noise: Float[Array, "b h w c"],
   keys: KeyOrKeys | None = None,
 ) -> Signed:
-  """Images with normal noise of standard deviation sigma, taken back by a sampler whose sigma_max is that sigma.
+  """Images with normal noise, taken back by a sampler that begins at its standard deviation.
 
-  sampler: as those of `diffusion.samplers`, called as (denoise, start, keys) with a start in units of its sigma_max.
+  sampler: one of `diffusion.samplers` with noise levels, called as (denoise, start, keys) with a start in units of the first of them.
   """
-  if getattr(sampler, "sigma_max", sigma) != sigma:
-    raise InputError(
-      f"the sampler begins at sigma {sampler.sigma_max:g} and the images have noise of {sigma:g}"
-    )
-  return sampler(denoise, x / sigma + noise, keys)
+  return sampler(denoise, x / float(sampler.sigmas[0]) + noise, keys)
 
 
 def flip_bits(codec: BoundCodec, x: Unit, radius: float, num_steps: int = 40, step_size: float = 0.0) -> Unit:
   """Images within `radius` (Linf, of images in [0, 1]) of x whose bits the decoder reads otherwise, as far as that can be done.
 
-  PGD (Madry et al. 2018) by somebody who has the decoder but not the key: up the cross-entropy of the bits that are read of x.
-  step_size 0: 2.5 radius / num_steps.
+  PGD (Madry et al. 2018) by somebody who has the decoder but not the key: down the logits of all bits, each with the sign it has for x
+  until it is -1. (Up the cross-entropy, bits that are wrong already would take over.) step_size 0: 2.5 radius / num_steps.
   """
-  read = jax.lax.stop_gradient(codec.decode(x) > 0)
+  sign = jax.lax.stop_gradient(jnp.where(codec.decode(x) > 0, 1, -1))
 
   def loss(images):
-    return optax.sigmoid_binary_cross_entropy(codec.decode(images), read).mean(1)
+    return -jnp.maximum(sign * codec.decode(images), -1).sum(1)
 
   step = step_size or 2.5 * radius / num_steps
 
