@@ -107,7 +107,7 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def of_main_process(value: Any) -> Any:
+def of_main_process(value: PyTree) -> PyTree:
   """The number, or array, that process 0 holds, in every process; all must ask."""
   return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
 

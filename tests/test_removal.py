@@ -87,6 +87,12 @@ class Linear:
   num_bits, image_shape = 8, (8, 8, 1)
   patterns = np.random.default_rng(0).choice([-1.0, 1.0], (64, 8))
 
+  def init(self, key):
+    return {"scale": jnp.array(1.0)}
+
+  def encode(self, variables, x, bits):
+    return x
+
   def decode(self, variables, x):
     return (x.reshape(len(x), -1) - 0.5) @ self.patterns * variables["scale"]
 

@@ -232,7 +232,7 @@ def codec_report(config, workdir: Workdir, measured, metrics) -> None:
     matches=measured.matches.tolist(),
     num_bits=num_bits,
   )
-  bounds = {name: ends for name, (_, *ends) in measured.after.items()}
+  bounds = {name: (low, high) for name, (_, low, high) in measured.after.items()}
   report.bars(
     {name.replace("_", " "): {"bit accuracy": mean} for name, (mean, *_) in measured.after.items()},
     folder / "attacks.png",

@@ -22,7 +22,14 @@ TRAINING = "train"  # the run of a row itself, beside its evaluations, in names 
 VERDICTS = ("clean", "robust")  # on every image, of an evaluation of robustness
 IDS = "id"  # of those images
 # {word in a recipe: the config's key for it}
-PLACES = dict(data="data_path", generated="generated", generator="generator", unconditional="unconditional")
+PLACES = dict(
+  data="data_path",
+  generated="generated",
+  generator="generator",
+  unconditional="unconditional",
+  codec="codec",
+  key="key",
+)
 
 _Found = dict[str, float | np.ndarray]  # '<run>:<metric>' -> its value, or the verdicts on the images [n]
 _Columns = dict[str, dict[str, np.ndarray]]  # row -> column -> values [seeds] or [seeds, images]
@@ -38,7 +45,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   one that does not speak of {row} is run once for every row, in workdir/<row>/<name>, and its metrics have no interval.
   The seeds are config.sweep_seeds, or config.seed alone; stages have config.seed.
   A recipe is what --config takes, 'configs/at_cifar.py:cpu,train.num_epochs=20'. A {word} in a value of it stands for a path:
-  {data}, {generated}, {generator} and {unconditional} for the config's keys `data_path`, `generated` and so on, where it has them,
+  {data}, {generated}, {codec} and so on (`PLACES`) for the config's keys `data_path`, `generated`, `codec`, where it has them,
   {workdir}, and {<stage>} for the folder of a stage; in evaluations also {row} for the folder of the row and seed, and {name} for
   the name of the row.
   config.order: {'stages', 'rows', 'columns', 'pictures': their names in order}. config.published: {row: text}.

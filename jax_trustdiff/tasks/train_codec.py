@@ -74,7 +74,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   metrics["restarts"] = attempt
   found = measure(config, BoundCodec(codec, jax.tree.map(jnp.asarray, variables)), data, mesh)
   metrics |= {
-    f"bit_accuracy_after_{name}": mean for name, (mean, _) in found.after.items() if name != UNATTACKED
+    f"bit_accuracy_after_{name}": mean for name, (mean, *_) in found.after.items() if name != UNATTACKED
   }
   if parallel.is_main_process():
     section = codecs.model_section(config.model, codec)
