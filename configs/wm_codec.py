@@ -45,7 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
     opens_above=0.9,  # bit accuracy of a batch
     wait=200,  # steps from there until the image begins to count
     ramp=1800,  # steps until it counts in full
-    largest=20.0,
+    largest=40.0,
   )
   config.distortions = dict(  # of each batch one, or none, of a strength between the two; (): never
     jpeg=(50.0, 95.0),  # quality
