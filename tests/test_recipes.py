@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.py"))
 
+IN_JOURNEY = ("wm_codec", "wm_embed", "wm_edm", "wm_detect", "wm_attack")
 ATTACKING = ("at_cifar", "sweeps/better_diffusion")  # these compute for longer than they compile
 
 
@@ -35,11 +36,12 @@ def cpu_seconds() -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "recipe",  # those of the benchmark and the quickstart are run by test_benchmark.py and test_colabs.py
+  # those of the benchmark and the quickstart are run by test_benchmark.py and test_colabs.py, IN_JOURNEY as stages and rows of wm_journey
+  "recipe",
   [
     pytest.param(name, marks=pytest.mark.floor if name == "at_cifar" else ())
     for name in RECIPES
-    if name not in ("benchmark", "quickstart")
+    if name not in ("benchmark", "quickstart", *IN_JOURNEY)
   ],
 )
 def test_smoke_takes_less_than_a_minute_of_two_cores(tmp_path, recipe):

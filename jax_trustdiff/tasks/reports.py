@@ -239,7 +239,9 @@ def codec_report(config, workdir: Workdir, measured, metrics) -> None:
     ylabel="bit accuracy",
     intervals={name.replace("_", " "): {"bit accuracy": interval} for name, interval in bounds.items()},
   )
-  report.training_curves(workdir.read_metrics(), folder / "training_curves.png", score="")
+  constant = "validation/learned_at_step"  # in every row
+  curves = [{k: v for k, v in row.items() if k != constant} for row in workdir.read_metrics()]
+  report.training_curves(curves, folder / "training_curves.png", score="")
   rows = [
     [name, f"{measured.after[name][0]:.2%}", f"{low:.2%} to {high:.2%}"]
     for name, (low, high) in bounds.items()
