@@ -45,8 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
       "detect.num_images=32,detect.batch_size=32,sampler.num_steps=2",
       ",detect.false_positive_rate=0.01",
     )
-    attack = "configs/wm_attack.py:smoke,attacks.weight_noise=(),attacks.weight_bits=(),attacks.prune=(),attacks.regenerate=(),"
-    attack += "attacks.steps=(),reference.name=digits,"
+    attack = "configs/wm_attack.py:smoke,"
   looks = f"codec={{codec}}/export,key.file={{marked}},key.demo=False{few}"
   stages = dict(
     codec=f"{codec}{data}",

@@ -512,7 +512,9 @@ def attacked(codec, marked, tmp_path_factory):
 def test_attacks_leave_less_of_the_mark(codec, marked, attacked):
   path, metrics = attacked
   assert metrics["none/bit_accuracy"] > 0.95 and metrics["none/matches"] == 16
-  assert metrics["none/bit_accuracy"] >= metrics["noise_0.05/bit_accuracy"] > metrics["noise_0.5/bit_accuracy"]
+  assert (
+    metrics["none/bit_accuracy"] >= metrics["noise_0.05/bit_accuracy"] > metrics["noise_0.5/bit_accuracy"]
+  )
   assert metrics["flip_bits_0.8/bit_accuracy"] < 0.5 < metrics["flip_bits_0.8/p"]
   assert metrics["noise_0.05/psnr"] > metrics["noise_0.5/psnr"] and "none/psnr" not in metrics
   store = SOURCES["image_store"](path=str(marked[0] / "images"))

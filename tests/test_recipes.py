@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.py"))
 
-IN_JOURNEY = ("wm_codec", "wm_embed", "wm_edm", "wm_detect", "wm_attack")
+IN_JOURNEY = ("wm_codec", "wm_embed", "wm_edm", "wm_attack")
 ATTACKING = ("at_cifar", "sweeps/better_diffusion")  # these compute for longer than they compile
 
 

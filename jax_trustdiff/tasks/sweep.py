@@ -289,6 +289,8 @@ def _table(rows: Sequence[str], plan: _Plan, metrics, published) -> tuple[list[s
       for term in _terms(plan.columns[name])
     ):
       return f"{value:.1%}" + (f" ± {100 * half:.1f}" if half is not None else "")
+    if half is None and value == round(value):  # a count
+      return f"{value:,.0f}"
     return f"{value:.3f}" + (f" ± {half:.3f}" if half is not None else "")
 
   header = ["", *plan.columns] + (["published"] if published else [])
