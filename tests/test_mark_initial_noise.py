@@ -47,13 +47,23 @@ def test_bits_come_back_from_samples(shaded):
   assert (path / "report/report.html").read_text().count("data:image/png") == 2
 
 
-def test_a_secret_survives_an_interruption_and_another_reads_nothing(shaded, tmp_path):
+def test_the_same_secret_marks_the_same_images(shaded, tmp_path):
   path, metrics = shaded
-  same = config_of(secret_file=str(path / "secret.txt"))
-  again = complete(tmp_path / "same", same)
-  assert {k: v for k, v in again.items() if k in metrics} == metrics
-  (tmp_path / "same/result.json").unlink()
-  assert complete(tmp_path / "same", same) == again
+  again = complete(tmp_path / "same", config_of(secret_file=str(path / "secret.txt")))
+  assert again == metrics
+
+
+def test_a_fresh_secret_survives_an_interruption(tmp_path, monkeypatch):
+  config = config_of()
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      mark_initial_noise._Solver, "invert", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+      complete(tmp_path / "run", config)
+  secret = (tmp_path / "run/secret.txt").read_bytes()
+  assert len(secret) > 32 and complete(tmp_path / "run", config)["none/matches"] == 32
+  assert (tmp_path / "run/secret.txt").read_bytes() == secret
 
 
 def test_rings_are_found(tmp_path):
@@ -79,6 +89,7 @@ def test_rings_are_found(tmp_path):
     ({"attacks.jpeg": (500.0,)}, "lie within 1 to 100"),
     ({"detect.num_bootstraps": 2}, "num_bootstraps of at least 20"),
     ({"metrics.fid_only": True}, "metrics.fid_only=False"),
+    ({"untrained.image_shape": (16, 16, 1)}, r"the reference has images of \(8, 8, 1\)"),
     ({"secret_file": "nowhere"}, "no file with a secret, nowhere"),
   ],
 )

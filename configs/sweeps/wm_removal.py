@@ -6,7 +6,8 @@ weights and images without a mark goes on training.
     python -m jax_trustdiff.main --config=configs/sweeps/wm_removal.py --config.generator=<run of wm_edm.py>/export \\
       --config.codec=<run of wm_codec.py>/export --config.key=<run of wm_embed.py> --config.data_path=<CIFAR-10 npz folder>
 
-Each row starts from the marked model anew and sees so many clean images; wm_detect.py then looks at its samples.
+Each row starts from the marked model anew and sees so many clean images; wm_detect.py then looks at its samples. The average has a half-life of a
+twentieth of these, so that it has forgotten the marked parameters: with a longer one their lag would be taken for the mark.
 
 Variants: cpu (a model of wm_edm.py:cpu, Fashion-MNIST), smoke (one step of a model that carries nothing: it tries the machinery).
 """
@@ -22,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
   """The sweep; 'cpu' for two cores, 'smoke' is a test."""
   names, overrides = config_lib.parse_variant(variant, VARIANTS)
   edm, data, images = (
-    "configs/wm_edm.py:short",
+    "configs/wm_edm.py:short,train.num_validation=512",
     "data.name=npz,data.path={data}",
     (50_000, 200_000, 1_000_000, 5_000_000),
   )
@@ -40,7 +41,11 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     detect = "configs/wm_detect.py:smoke,detect.num_images=32,sampler.num_steps=2"
   train = f"{edm},{data},{start},watermark.required=False,eval.num_samples=0,schedule.rampup_images=0"
-  rows = {f"{count}_clean_images": f"{train},train.num_images={count}" for count in images}
+  rows = {
+    # an average that forgets the marked parameters: whoever removes a mark takes no others
+    f"{count}_clean_images": f"{train},train.num_images={count},ema.half_life={max(1, count // 20)}"
+    for count in images
+  }
   columns = {
     "bit accuracy": "detect:bit_accuracy",
     "bits of all together": "detect:matches",

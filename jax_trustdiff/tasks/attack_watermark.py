@@ -68,7 +68,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   section = config.detect
   codec = codecs.load_or_make(config, config.codec, "codec")
   codebook, key = detect_watermark.load_keys(config, codec)
-  if len(codebook) != 1:
+  if key is None:
     raise InputError("attacks are measured with one string: give key.file or key.demo")
   needed = detection.threshold(codebook.shape[1], section.false_positive_rate)
   parallel.check_batch(section.batch_size, mesh)
@@ -77,11 +77,11 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     raise InputError(f"detect.num_images must be at least 2, found {section.num_images}")
   attacks = _attacks(config)
   images = _Images(config, attacks, codec, key, mesh)
-  reference = _reference(config, images.number)
+  reference = _reference(config, images.number, images.shape)
   extract = generation_metrics.build_extractor(config.metrics, mesh) if reference is not None else None
 
   workdir.open()
-  journal = _journal(workdir, codec, key, images)
+  journal = _journal(workdir, codec, key, images, reference)
   statistics_of_reference = extract(reference, "reference image") if reference is not None else None
   found, shown = {}, {}
   with ProgressReport("attack", len(attacks)) as progress:
@@ -104,9 +104,16 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   return metrics
 
 
-def _journal(workdir: Workdir, codec: BoundCodec, key: WatermarkKey, images: "_Images") -> FolderJournal:
+def _journal(
+  workdir: Workdir,
+  codec: BoundCodec,
+  key: WatermarkKey,
+  images: "_Images",
+  reference: records.ImageSource | None,
+) -> FolderJournal:
   """What is done is kept for these very networks, images and key; for the owner's eyes, since logits tell the key."""
-  what = (codecs.fingerprint(codec), key.key_id, images.fingerprint())
+  what = [codecs.fingerprint(codec), key.key_id, *images.fingerprint()]
+  what += [] if reference is None else [of_images(reference)]
   folder = workdir / f"{JOURNAL}-{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}"
   if parallel.is_main_process():
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -179,6 +186,7 @@ class _Images:
       detect_watermark.check_size(config, shape, "the model's samples", codec, key)
       for attack in attacks:  # raises where one does not fit
         detect_watermark.build_sampler(config, self._model, mesh, **_changes(attack))
+    self.shape = tuple(shape)
     if self._regenerator is not None and self._regenerator.network.image_shape != shape:
       raise InputError(
         f"the regenerator makes images of {self._regenerator.network.image_shape}, and these are {shape}"
@@ -277,12 +285,14 @@ class _Images:
     return self._map(lambda batch: run(placed, batch), "image attacked through the decoder")
 
 
-def _reference(config, num_images: int) -> records.ImageSource | None:
+def _reference(config, num_images: int, shape: tuple[int, ...]) -> records.ImageSource | None:
   if config.reference.name == "none":
     return None
   source = config_lib.build(sources.SOURCES, config.reference, split="train")
   if config.detect.num_reference:
-    source = records.limit(source, config.detect.num_reference)
+    source = source.select(np.arange(min(config.detect.num_reference, len(source))))
+  if source.image_shape != shape:
+    raise InputError(f"the reference has images of {source.image_shape}, and these are {shape}")
   generation_metrics.check(config.metrics, num_images, len(source))
   return source
 

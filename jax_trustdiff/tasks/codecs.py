@@ -192,6 +192,10 @@ def choose_key(
   asked = [name for name in ("file", "demo", "secret_file") if section[name]]
   if len(asked) > 1:
     raise InputError(f"the key comes from one place, found key.{' and key.'.join(asked)}")
+  if section.payload < -1 or (section.payload >= 0 and (section.file or section.demo)):
+    raise InputError(
+      f"key.payload={section.payload}: a number from 0 on, or -1 for none, of a fresh key; not with key.file or key.demo"
+    )
   if section.user and not section.secret_file:
     raise InputError(f"key.user={section.user} is one of many with a common secret: give key.secret_file")
   num_bits = codec.network.num_bits
@@ -204,16 +208,12 @@ def choose_key(
       codec_sha256=fingerprint(codec), image_shape=image_shape, quantisation="uint8", user=section.user
     )
     if section.demo:
-      if section.payload >= 0:
-        raise InputError(
-          "key.demo and key.payload exclude each other: the published strings are no code words"
-        )
       return keys.WatermarkKey(bits=keys.demo_bits(num_bits), **about)
     secret = read_secret(section.secret_file) if section.secret_file else secrets.token_hex(32)
     about |= dict(drawn=True, salt=keys.salt(secret, section.user))
     if section.payload < 0:
       return keys.WatermarkKey(bits=keys.as_text(keys.draw(secret, [section.user], num_bits)[0]), **about)
-    mask = keys.mask(secret, section.user, num_bits)
+    mask = keys.mask(secret, section.user, num_bits, (section.payload, section.num_errors))
     bits = payload_word(section.payload, BCHCode(num_bits, section.num_errors)) ^ mask
     return keys.WatermarkKey(
       bits=keys.as_text(bits), num_errors=section.num_errors, mask=keys.as_text(mask), **about
@@ -238,6 +238,16 @@ def read_payload(key: keys.WatermarkKey, bits: np.ndarray) -> tuple[int, int] | 
   """(payload, number of wrong bits) in a string that was read, or None where too many are wrong."""
   found = BCHCode(len(key.bits), key.num_errors).decode((bits > 0) ^ key.mask_array)
   return None if found is None else (int(keys.as_text(found[0]), 2), found[1])
+
+
+def own_payload(key: keys.WatermarkKey) -> int:
+  """What the string of the key itself says; InputError if it is no code word."""
+  found = read_payload(key, key.array)
+  if found is None or found[1]:
+    raise InputError(
+      f"the key file is damaged: its bits are no code word that {key.num_errors} errors leave readable"
+    )
+  return found[0]
 
 
 def check_key(key: keys.WatermarkKey, codec: BoundCodec) -> None:

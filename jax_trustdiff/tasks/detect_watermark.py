@@ -40,6 +40,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   mesh = parallel.make_local_mesh()
   codec = codecs.load_or_make(config, config.codec, "codec")
   codebook, key = load_keys(config, codec)
+  payload = codecs.own_payload(key) if key is not None and key.num_errors else None
   detection.threshold(
     codebook.shape[1], section.false_positive_rate, len(codebook)
   )  # raises for too few bits
@@ -79,8 +80,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     clean = logits_of(codec, null, section.batch_size, mesh)
     matches["images without a mark"] = np.asarray(detection.count_matches(clean, best))
     found["null"] = _null(clean, codebook, verdict)
-  if key is not None and key.num_errors:
-    found["payload"] = _payload(key, np.asarray(detection.read(logits)))
+  if payload is not None:
+    found["payload"] = _payload(key, payload, np.asarray(detection.read(logits)))
   if section.control_keys:
     found["control"] = _control(logits, section.control_keys, config.seed)
   metrics = _metrics(found)
@@ -182,17 +183,13 @@ def _control(logits: np.ndarray, num_keys: int, seed: int) -> dict:
   return {"num_keys": num_keys, "smallest_p": p[0], "p": p}
 
 
-def _payload(key: keys.WatermarkKey, bits: np.ndarray) -> dict:
+def _payload(key: keys.WatermarkKey, marked_with: int, bits: np.ndarray) -> dict:
   """The number that all images together say, None where too many bits are wrong, beside that of the key file."""
-  code, read, marked = (
-    BCHCode(len(key.bits), key.num_errors),
-    codecs.read_payload(key, bits),
-    codecs.read_payload(key, key.array),
-  )
+  code, read = BCHCode(len(key.bits), key.num_errors), codecs.read_payload(key, bits)
   return {
     "read": None if read is None else read[0],
     "wrong_bits": None if read is None else read[1],
-    "marked_with": marked[0],
+    "marked_with": marked_with,
     "false_accept": code.false_accept,
   }
 
@@ -311,14 +308,7 @@ def _report(
     title=f"These images {decided}{who}",
     summary=f"{found['num_images']:,} images: {found['matches']} of {num_bits} bits agree with the key{chance}.",
     metrics=metrics,
-    figures=[
-      (folder / "matches.png", "Bits that agree with the key, of each image alone"),
-      (
-        folder / "bits.png",
-        "How each bit of the key is read, mean over the images: above 0 right, below 0 wrong",
-      ),
-      (folder / "images.png", "The first images"),
-    ],
+    figures=[*figures, (folder / "images.png", "The first images")],
     tables=[("Verdict, with 95 % Clopper-Pearson intervals", ["", "value"], rows)],
     config_text=config_lib.to_json(config),
     info=workdir.information(),

@@ -136,12 +136,20 @@ def num_steps_of(config) -> int:
 
 
 def train(
-  config, network, trainer: Trainer, data: Data, mesh, workdir: Workdir, validate: Validate
+  config,
+  network,
+  trainer: Trainer,
+  data: Data,
+  mesh,
+  workdir: Workdir,
+  validate: Validate,
+  private: bool = False,
 ) -> tuple[Variables, dict[str, float]]:
   """(averaged variables on the host, metrics) at the end of the training, or of what the workdir's checkpoint left of it.
 
   The metrics are those of `validate` at the end and, as first/..., at the first validation, with num_steps and num_params.
-  InputError, before anything is written, for an init_from or a batch that does not fit.
+  private: nobody but their owner may read the checkpoints. InputError, before anything is written, for an init_from or a batch that does not
+  fit.
   """
   variables = _initial_variables(config, network) if config.init_from else None
   arguments = (trainer.init, trainer.optimizer)
@@ -149,6 +157,9 @@ def train(
   _check_batch(trainer, state.shapes(*arguments, *placed), data, config.train.batch_size)
 
   workdir.open()
+  if private and parallel.is_main_process():
+    (workdir / "checkpoints").mkdir(mode=0o700, exist_ok=True)
+  parallel.barrier("folder of checkpoints")
   fresh = state.create_sharded(*arguments, jax.random.key(config.seed), *placed)
   if variables is not None:
     fresh = state.with_variables(fresh, variables)

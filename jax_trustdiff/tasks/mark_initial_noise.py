@@ -1,7 +1,8 @@
 """Marks the initial noise of a diffusion model's samples, and reads it back by solving the probability-flow ODE from the images up.
 
 Yang et al. 2024, "Gaussian Shading" (arXiv:2404.04956), and Wen et al. 2023, "Tree-Ring Watermarks" (arXiv:2305.20030): the model stays as it is,
-and who reads needs it. The same images without a mark are sampled beside them, from the same noise.
+and who reads needs it. The same images without a mark are sampled beside them, from the same noise: a comparison, in which the mark is not hidden, since
+it is hidden only from who does not know the noise.
 """
 
 import json
@@ -9,6 +10,7 @@ import secrets
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_trustdiff import config as config_lib
@@ -21,7 +23,7 @@ from jax_trustdiff.tasks import codecs, denoisers, generation_metrics, reports
 from jax_trustdiff.tasks.sampling import balanced_labels, image_keys, quantise
 from jax_trustdiff.training.progress import ProgressReport
 from jax_trustdiff.training.workdir import Workdir, write_atomically
-from jax_trustdiff.types import InputError, to_signed
+from jax_trustdiff.types import InputError, RunError, to_signed
 from jax_trustdiff.watermark import detection, keys
 from jax_trustdiff.watermark.initial_noise import MARKS, GaussianShading
 
@@ -33,8 +35,8 @@ NUMBERS = ("bit_accuracy", "matches", "p", "log10_p", "detected_share", "median_
 def run(config, workdir: Workdir) -> dict[str, float]:
   """Samples marked and unmarked images, attacks the marked ones, inverts all of them, and returns as <attack>/...:
 
-  p, of all images together, and detected_share, the part of single ones at detect.false_positive_rate; of a mark of bits also bit_accuracy and
-  matches. 'none/...' is of the marked images as they are, 'unmarked/...' of the others. With config.reference also fid, or pixel_fid, of
+  p, of all images together, and detected_share, the part of single ones at detect.false_positive_rate; of a mark of bits also bit_accuracy,
+  matches and log10_p, of rings median_p of single images. 'none/...' is of the marked images as they are, 'unmarked/...' of the others. With config.reference also fid, or pixel_fid, of
   both, and fid_difference (marked less unmarked) with the ends of its 95 % bootstrap interval.
   """
   section = config.detect
@@ -48,12 +50,15 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   bits = keys.draw(secret, [0], mark.num_bits, config.mark.name)[0] if carries_bits else None
   if carries_bits:
     detection.threshold(mark.num_bits, section.false_positive_rate)  # raises for too few
-  reference = _reference(config)
+  reference = _reference(config, model.network.image_shape)
+  extract = generation_metrics.build_extractor(config.metrics, mesh) if reference is not None else None
 
   workdir.open()
   _keep_secret(workdir, secret)
   ids = np.arange(section.num_images)
-  nonces = ids if config.nonces else None
+  nonces = (
+    config.seed * 2**32 + ids if config.nonces else None
+  )  # another seed, other images: no nonce comes twice
   solve = _Solver(config, model, sampler, mesh)
   start = solve.noise(ids)
   images = {
@@ -65,11 +70,12 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     changed = images[name] if attack is None else image_attacks.apply(*attack, images[NONE], config.seed)
     estimate = solve.invert(changed, ids, f"image inverted ({name})")
     found[name] = _judge(config, mark, bits, estimate, nonces)
-  metrics = {f"{name}/{key}": of[key] for name, of in found.items() for key in NUMBERS if key in of}
-  if reference is not None:
-    metrics |= _distances(config, images, reference, mesh)
   if parallel.is_main_process():
     write_atomically(workdir / VERDICT, json.dumps(found[NONE], indent=2) + "\n")
+  metrics = {f"{name}/{key}": of[key] for name, of in found.items() for key in NUMBERS if key in of}
+  if reference is not None:
+    metrics |= _distances(config, images, reference, extract)
+  if parallel.is_main_process():
     _report(config, workdir, images, found, metrics)
   return metrics
 
@@ -130,12 +136,14 @@ class _Solver:
 
     @jax.jit
     def sample(denoise, batch):
-      return quantise(sampler(labelled(denoise, batch), batch["x"], None))
+      found = sampler(labelled(denoise, batch), batch["x"], None)
+      return quantise(found), jnp.isfinite(found).all((1, 2, 3))
 
     @jax.jit
     def invert(denoise, batch):
       found = sampler.invert(labelled(denoise, batch), to_signed(batch["x"]))
-      return getattr(found, "x", found)  # an adaptive sampler says more than that
+      found = getattr(found, "x", found)  # an adaptive sampler says more than that
+      return found, jnp.isfinite(found).all((1, 2, 3))
 
     self._sample, self._invert = sample, invert
 
@@ -159,7 +167,12 @@ class _Solver:
       for start in range(0, len(x), self._size):
         rows = np.minimum(np.arange(start, start + self._size), len(x) - 1)
         batch = parallel.to_global(self._mesh, {"x": x[rows], "label": labels[rows]})
-        parts.append(parallel.gather_to_host(function(self._denoise, batch))[: len(x) - start])
+        found, finite = parallel.gather_to_host(function(self._denoise, batch))
+        if not finite.all():
+          raise RunError(
+            f"{what} {rows[~finite][0]} has values that are not finite: the sampler does not fit this model"
+          )
+        parts.append(found[: len(x) - start])
         progress.update(min(start + self._size, len(x)))
     return np.concatenate(parts)
 
@@ -186,13 +199,18 @@ def _judge(
   }
 
 
-def _reference(config) -> records.ImageSource | None:
+def _reference(config, image_shape: tuple[int, ...]) -> records.ImageSource | None:
   if config.reference.name == NONE:
     return None
   source = config_lib.build(sources.SOURCES, config.reference, split="train")
   if config.detect.num_reference:
-    source = records.limit(source, config.detect.num_reference)
-  generation_metrics.check(config.metrics, config.detect.num_images, len(source))
+    source = source.select(np.arange(min(config.detect.num_reference, len(source))))
+  if source.image_shape != tuple(image_shape):
+    raise InputError(
+      f"the reference has images of {source.image_shape}, and those of the model are {image_shape}"
+    )
+  if len(source) < 2:
+    raise InputError(f"FID needs at least 2 reference images, found {len(source)}")
   if config.metrics.fid_only or config.detect.num_bootstraps < 20:
     raise InputError(
       "the interval of the difference of two FIDs needs metrics.fid_only=False and detect.num_bootstraps of at least 20"
@@ -200,12 +218,11 @@ def _reference(config) -> records.ImageSource | None:
   return source
 
 
-def _distances(config, images, reference: records.ImageSource, mesh) -> dict[str, float]:
+def _distances(config, images, reference: records.ImageSource, extract) -> dict[str, float]:
   """FID of the marked and the unmarked samples, and the bootstrap interval of their difference.
 
   Pairs of images from the same noise are drawn again together, num_bootstraps times, with the reference as it is (Efron 1979).
   """
-  extract = generation_metrics.build_extractor(config.metrics, mesh)
   real = extract(reference, "reference image")
   features = {}
   for name, of in images.items():

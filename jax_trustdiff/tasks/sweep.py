@@ -207,6 +207,8 @@ class _Plan:
     words = [word for _, word, _, _ in string.Formatter().parse(text) if word is not None]
     if unknown := [word for word in words if word not in places]:
       raise InputError(f"{text!r} speaks of {{{unknown[0]}}}; there are {', '.join(places)}")
+    if empty := [word for word in words if not places[word]]:
+      raise InputError(f"config.{PLACES.get(empty[0], empty[0])} is empty, and the sweep needs it: {text!r}")
     return text.format(**places)
 
 

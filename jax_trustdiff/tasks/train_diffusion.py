@@ -51,7 +51,9 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   loss = image_training.stateless(make_loss(config, model, marker))
   trainer = image_training.build_trainer(config, _init(model, marker), loss, data, mesh, power_stds)
   watch = Watch(config, model, data, mesh, workdir, marker)
-  variables, metrics = image_training.train(config, model.network, trainer, data, mesh, workdir, watch)
+  variables, metrics = image_training.train(
+    config, model.network, trainer, data, mesh, workdir, watch, private=marker is not None
+  )
   if parallel.is_main_process():
     described = {"class_names": data.train.class_names, "sampler": config_lib.to_plain(config.sampler)}
     if key_id := marker.key.key_id if marker else data.train.key_id:

@@ -146,9 +146,14 @@ def salt(secret: str, user: int) -> str:
   return np.packbits(streams(secret, "salt of a key", [user], 128)).tobytes().hex()
 
 
-def mask(secret: str, user: int, num_bits: int) -> Int8[np.ndarray, "n"]:
-  """Fair bits that hide a code word: without the secret nobody can tell the masked one from chance."""
-  return streams(secret, "mask of a payload", [user], num_bits)[0].astype(np.int8)
+def mask(secret: str, user: int, num_bits: int, payload: tuple[int, int]) -> Int8[np.ndarray, "n"]:
+  """Fair bits that hide a code word: without the secret nobody can tell the masked one from chance.
+
+  payload: (what the word says, the errors of its code). Another payload has another mask, so the strings of two are as unlike as any others.
+  """
+  return streams(secret, f"mask of the payload {payload[0]} with {payload[1]} errors", [user], num_bits)[
+    0
+  ].astype(np.int8)
 
 
 def as_text(bits: Integer[Array, "n"] | Integer[np.ndarray, "n"]) -> str:
