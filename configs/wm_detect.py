@@ -56,22 +56,8 @@ def get_config(variant: str = "") -> ConfigDict:
     model=dict(name="residual_codec", num_bits=32, width=8, num_blocks=1, strength=0.2, dtype="float32"),
     image_shape=(8, 8, 1),
   )
-  config.untrained = dict(  # what init_from='untrained' means, likewise
-    model=dict(
-      name="ddpmpp",
-      model_channels=8,
-      channel_mult=(1,),
-      num_blocks=1,
-      attention_resolutions=(),
-      dropout=0.0,
-      label_dropout=0.0,
-      dtype="float32",
-      remat=False,
-    ),
-    preconditioning=dict(name="edm", sigma_data=0.5),
-    image_shape=(8, 8, 1),
-    num_classes=10,
-  )
+  # what init_from='untrained' means, likewise
+  config.untrained = config_lib.to_plain(config_lib.load("configs/generate_cifar.py").untrained)
   config.report = dict(num_images=36)
   if "smoke" in names:
     _smoke(config)

@@ -210,6 +210,11 @@ def split_validation(
   return train, validation
 
 
+def first(source: ImageSource, num: int) -> ImageSource:
+  """The first `num` images, or all where there are no more or num is 0; whatever their classes are (see `limit`)."""
+  return source.select(np.arange(min(num, len(source)))) if num else source
+
+
 def limit(source: ImageSource, num: int, seed: int | None = None) -> ImageSource:
   """The first `num` examples, or `num` drawn with `seed` (in file order); all if there are no more.
 

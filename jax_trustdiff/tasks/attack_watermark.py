@@ -289,8 +289,7 @@ def _reference(config, num_images: int, shape: tuple[int, ...]) -> records.Image
   if config.reference.name == "none":
     return None
   source = config_lib.build(sources.SOURCES, config.reference, split="train")
-  if config.detect.num_reference:
-    source = source.select(np.arange(min(config.detect.num_reference, len(source))))
+  source = records.first(source, config.detect.num_reference)
   if source.image_shape != shape:
     raise InputError(f"the reference has images of {source.image_shape}, and these are {shape}")
   generation_metrics.check(config.metrics, num_images, len(source))

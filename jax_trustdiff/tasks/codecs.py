@@ -16,7 +16,7 @@ from jax_trustdiff.interop import export
 from jax_trustdiff.models.registry import CODECS, NETWORKS
 from jax_trustdiff.tasks import store_writing
 from jax_trustdiff.tasks.denoisers import UNTRAINED, Section
-from jax_trustdiff.training.workdir import Workdir
+from jax_trustdiff.training.workdir import Workdir, write_atomically
 from jax_trustdiff.types import InputError, Variables, WatermarkCodec, to_unit
 from jax_trustdiff.watermark import keys
 from jax_trustdiff.watermark.codec import BoundCodec
@@ -264,15 +264,4 @@ def check_key(key: keys.WatermarkKey, codec: BoundCodec) -> None:
 
 def write_key(workdir: Workdir, key: keys.WatermarkKey) -> None:
   """key.json in the workdir, for nobody but its owner to read."""
-  write_private(workdir / KEY_FILE, key.to_json() + "\n")
-
-
-def write_private(path: pathlib.Path, text: str) -> None:
-  """A text file that only its owner may read, whole or not at all."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.unlink(missing_ok=True)
-  with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  write_atomically(workdir / KEY_FILE, key.to_json() + "\n", private=True)

@@ -117,8 +117,7 @@ def load_keys(config, codec: BoundCodec) -> tuple[np.ndarray, keys.WatermarkKey 
 def source_of(config, section, codec: BoundCodec, key: keys.WatermarkKey | None) -> records.ImageSource:
   """The images of a section of SOURCES, at most detect.num_images of them; InputError for another size."""
   source = config_lib.build(sources.SOURCES, section, split=config.detect.split)
-  if config.detect.num_images:
-    source = source.select(np.arange(min(config.detect.num_images, len(source))))
+  source = records.first(source, config.detect.num_images)
   check_size(config, source.image_shape, "these", codec, key)
   return source
 
@@ -131,7 +130,7 @@ def check_size(config, shape, whose: str, codec: BoundCodec, key: keys.Watermark
       f"the mark was made for images of {marked}, and {whose} are {tuple(shape)}: set detect.any_size=True to read them resized"
     )
   x = jax.ShapeDtypeStruct((1, *shape), np.float32)
-  jax.eval_shape(lambda codec, x: codec.decode(x), codec, x)  # raises where they do not fit
+  jax.eval_shape(BoundCodec.decode, codec, x)  # raises where they do not fit
 
 
 def build_sampler(config, model, mesh, **changes) -> ImageSampler:

@@ -41,8 +41,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   mesh = parallel.make_local_mesh()
   codec = codecs.load_or_make(config, config.init_from, "init_from")
   source = config_lib.build(sources.SOURCES, config.data, split=section.split)
-  if section.num_images:
-    source = source.select(np.arange(min(section.num_images, len(source))))
+  source = records.first(source, section.num_images)
   _check(config, codec, source, mesh)
   key = codecs.choose_key(config.key, codec, source.image_shape, workdir)
   plan = StorePlan(

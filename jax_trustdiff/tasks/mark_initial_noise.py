@@ -56,9 +56,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   workdir.open()
   _keep_secret(workdir, secret)
   ids = np.arange(section.num_images)
-  nonces = (
-    config.seed * 2**32 + ids if config.nonces else None
-  )  # another seed, other images: no nonce comes twice
+  # another seed, other images: no nonce comes twice
+  nonces = config.seed * 2**32 + ids if config.nonces else None
   solve = _Solver(config, model, sampler, mesh)
   start = solve.noise(ids)
   images = {
@@ -112,14 +111,14 @@ def _secret(config, workdir: Workdir) -> str:
 
 def _keep_secret(workdir: Workdir, secret: str) -> None:
   if parallel.is_main_process():
-    codecs.write_private(workdir / SECRET_FILE, secret + "\n")
+    write_atomically(workdir / SECRET_FILE, secret + "\n", private=True)
   parallel.barrier("secret")
 
 
 def _marked(mark, bits: np.ndarray | None, noise: np.ndarray, nonces: np.ndarray | None) -> np.ndarray:
   if bits is None:
-    return np.asarray(mark.mark(jax.numpy.asarray(noise)))
-  return np.asarray(mark.mark(bits, jax.numpy.asarray(noise), nonces))
+    return np.asarray(mark.mark(jnp.asarray(noise)))
+  return np.asarray(mark.mark(bits, jnp.asarray(noise), nonces))
 
 
 class _Solver:
@@ -181,18 +180,18 @@ def _judge(
   config, mark, bits: np.ndarray | None, estimate: np.ndarray, nonces: np.ndarray | None
 ) -> dict[str, Any]:
   """The verdict on images whose noise is estimated so."""
-  rate, estimate = config.detect.false_positive_rate, jax.numpy.asarray(estimate)
+  rate, estimate = config.detect.false_positive_rate, jnp.asarray(estimate)
   if bits is not None:
     verdict = detection.judge(
       mark.read(estimate, nonces), bits[None], rate, scheme=config.mark.name, key_id=""
     )
     return verdict.to_dict() | {"key_drawn": True}
-  single = mark.p_value(estimate)
+  single, together = mark.p_value(estimate), mark.p_value_together(estimate)
   return {
     "scheme": config.mark.name,
-    "p": mark.p_value_together(estimate),
+    "p": together,
     "false_positive_rate": rate,
-    "decision": bool(mark.p_value_together(estimate) <= rate),
+    "decision": together <= rate,
     "detected_share": float((single <= rate).mean()),
     "median_p": float(np.median(single)),
     "num_images": len(estimate),
@@ -203,8 +202,7 @@ def _reference(config, image_shape: tuple[int, ...]) -> records.ImageSource | No
   if config.reference.name == NONE:
     return None
   source = config_lib.build(sources.SOURCES, config.reference, split="train")
-  if config.detect.num_reference:
-    source = source.select(np.arange(min(config.detect.num_reference, len(source))))
+  source = records.first(source, config.detect.num_reference)
   if source.image_shape != tuple(image_shape):
     raise InputError(
       f"the reference has images of {source.image_shape}, and those of the model are {image_shape}"

@@ -210,14 +210,20 @@ class Workdir:
       raise InputError(f"workdir {self.path} is not empty and holds no config.json: it is not a run's folder")
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Writes a text file whole or not at all."""
+def write_atomically(path: pathlib.Path, text: str, private: bool = False) -> None:
+  """Writes a text file whole or not at all; private: nobody but its owner may read it."""
   temporary = path.with_name(f".{path.name}.tmp")
-  with open(temporary, "w") as file:
+  if private:  # what a killed writer left may be open to all
+    temporary.unlink(missing_ok=True)
+  with open(temporary, "w", opener=_for_its_owner if private else None) as file:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
+
+
+def _for_its_owner(path: str, flags: int) -> int:
+  return os.open(path, flags | os.O_EXCL, 0o600)
 
 
 def _flock(file, path: pathlib.Path) -> None:
