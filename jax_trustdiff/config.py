@@ -27,6 +27,7 @@ ConfigDict = ml_collections.ConfigDict
 # Looked up only when a name is overridden.
 SECTIONS = {
   "model": ("jax_trustdiff.models.registry:NETWORKS", ("num_classes", "image_shape", "num_augment_labels")),
+  "adapter": ("jax_trustdiff.models.adapters:ADAPTERS", ("backbone",)),
   "diffusion.preconditioning": ("jax_trustdiff.diffusion.denoisers:PRECONDITIONINGS", ()),
   "diffusion.loss": ("jax_trustdiff.diffusion.losses:LOSSES", ()),
   "sampler": ("jax_trustdiff.diffusion.samplers:SAMPLERS", ()),

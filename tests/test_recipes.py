@@ -68,18 +68,27 @@ def installed(tmp_path_factory):
   return folder / "site"
 
 
+OF_EACH = """
+import contextlib, io, sys
+import jax_trustdiff
+from jax_trustdiff.main import main
+for recipe in sys.argv[1:]:
+  shown = io.StringIO()
+  with contextlib.redirect_stdout(shown):
+    code = main(["main", f"--config=configs/{recipe}.py:smoke", "--print_config"])
+  assert code == 0 and "task = " in shown.getvalue(), recipe
+print(jax_trustdiff.__file__)
+"""
+
+
 @pytest.mark.slow
 def test_an_installed_wheel_has_the_recipes(installed, tmp_path):
-  for recipe in RECIPES:
-    shown = command(f"--config=configs/{recipe}.py:smoke", "--print_config", path=installed, cwd=tmp_path)
-    assert shown.returncode == 0, shown.stderr
-    assert "task = " in shown.stdout
-  where = "import jax_trustdiff; print(jax_trustdiff.__file__)"
   found = subprocess.run(
-    [sys.executable, "-c", where],
+    [sys.executable, "-c", OF_EACH, *RECIPES],
     capture_output=True,
     text=True,
     cwd=tmp_path,
     env=os.environ | {"PYTHONPATH": str(installed)},
   )
+  assert found.returncode == 0, found.stderr
   assert found.stdout.startswith(str(installed))

@@ -250,7 +250,7 @@ def test_the_origin_of_guided_images_is_the_classifier_itself(tmp_path):
 
   def origin(name, **more):
     changes = {"guidance.classifier": str(tmp_path / name) if name else ""} | more
-    return generate_task.load_model(config_lib.load("configs/generate_cifar.py:smoke", changes)).guidance
+    return generate_task.load_model(config_lib.load("configs/generate_cifar.py:smoke", changes)).provenance["guidance"]
 
   plain = {"scale": 1.0, "sigma_min": 0.0, "sigma_max": 1e9}
   assert origin("") == plain  # that of the stores made before there were classifiers

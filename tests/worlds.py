@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
+from jax_trustdiff.cdm import shards as cdm_shards
 from jax_trustdiff.diffusion import solvers
 
 
@@ -36,6 +37,10 @@ class GaussianMixture:
     parts = (self.variance[:, None] * flat + noise * self.mean) / (self.variance[:, None] + noise)
     return jnp.einsum("bk,bkd->bd", weight, parts).reshape(x.shape)
 
+  def with_variables(self, own):
+    """The mixture with these means and variances: what `cdm.shards` puts in for a shard."""
+    return GaussianMixture(**own)
+
   def sample(self, key, shape):
     """Clean images [b ...]."""
     choice, noise = jax.random.split(key)
@@ -58,6 +63,46 @@ def high_dimensional():
   """Three components in 768 dimensions, where the norms of noise and score are nearly those expected."""
   mean = jnp.zeros((3, 768)).at[jnp.arange(3), jnp.arange(3)].set(3.0)
   return GaussianMixture(mean, jnp.array([0.09, 0.04, 0.16]))
+
+
+def shards(apart=3.0, dtype=jnp.float32):
+  """Three shards of five components each in 4 dimensions, around -apart, 0 and apart, with proportions 0.5, 0.3 and 0.2."""
+  rng = np.random.RandomState(0)
+  own = [
+    {
+      "mean": jnp.asarray(shift + rng.normal(0, 0.7, (5, 4)), dtype),
+      "variance": jnp.asarray(rng.uniform(0.05, 0.4, 5) ** 2, dtype),
+    }
+    for shift in (-apart, 0.0, apart)
+  ]
+  return cdm_shards.stack(GaussianMixture(**own[0]), own, [0.5, 0.3, 0.2])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LogDensities:
+  """log p^i(x; sigma) of every slot of a stack, [s b]; one after the other, so that a slot's bits do not depend on how many there are."""
+
+  shards: cdm_shards.Shards
+
+  def __call__(self, x, sigma):
+    return jax.lax.map(lambda own: GaussianMixture(**own).log_density(x, sigma), self.shards.own)
+
+
+def log_density_of_all(stacked, x, sigma):
+  """log sum_i lambda_i p^i(x; sigma), [b]."""
+  parts = stacked.log_prior[:, None] + LogDensities(stacked)(x, sigma)
+  return jax.nn.logsumexp(parts, 0)
+
+
+def samples_of_shards(stacked, key, count):
+  """(clean images [n 2 2 1], the shard of each [n])."""
+  choice, key = jax.random.split(key)
+  origin = jax.random.categorical(choice, stacked.log_prior, shape=(count,))
+  drawn = [
+    stacked.member(i).sample(jax.random.fold_in(key, i), (count, 2, 2, 1)) for i in range(stacked.capacity)
+  ]
+  return jnp.stack(drawn)[origin, jnp.arange(count)], origin
 
 
 def small(n=8, seed=0, shape=(2, 2, 1)):

@@ -218,6 +218,10 @@ class Denoiser:
     classes = self.network.num_classes
     return dataclasses.replace(self, class_labels=jax.nn.one_hot(labels, classes)) if classes else self
 
+  def with_variables(self, own: Variables) -> "Denoiser":
+    """This denoiser with the collections of `own` in place of, or beside, its own."""
+    return dataclasses.replace(self, variables=self.variables | own)
+
   def __call__(self, x: Float[Array, "b h w c"], sigma: Sigma) -> Signed:
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     sigma = jnp.asarray(sigma, x.dtype)

@@ -214,6 +214,10 @@ class Guided:
     """Evaluations of the denoiser's network for one of the DenoiseFn, those of the classifier not counted."""
     return 2 if self.by_labels else 1
 
+  def with_variables(self, own: Variables) -> "Guided":
+    """The same guidance of a denoiser with these variables."""
+    return dataclasses.replace(self, denoiser=self.denoiser.with_variables(own))
+
   def with_labels(self, labels: Labels) -> DenoiseFn:
     """The denoiser guided to integer class labels [b]; InputError if `LabelGuidance` is asked for and it has no classes."""
     denoise = self.denoiser.with_labels(labels)

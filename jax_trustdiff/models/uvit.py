@@ -4,6 +4,7 @@ Bao et al. 2023, "All are Worth Words: A ViT Backbone for Diffusion Models" (arX
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -41,6 +42,8 @@ def uvit(
   mlp_time_embed: bool = False,
   final_conv: bool | None = None,
   label_dropout: float = 0.0,
+  prompt_length: int = 0,
+  prompts_per_class: bool = False,
   dtype: str = "float32",
   remat: bool = False,
 ) -> "UViT":
@@ -55,6 +58,8 @@ def uvit(
     context_shape=context_shape,
     mlp_time_embed=mlp_time_embed,
     label_dropout=label_dropout,
+    prompt_length=prompt_length,
+    prompts_per_class=prompts_per_class,
     dtype=dtype,
     remat=remat,
     **SIZES[size] | {name: value for name, value in given.items() if value is not None},
@@ -71,6 +76,9 @@ class UViT:
   mlp_time_embed: two layers between the embedding of the noise label and its token. final_conv: a 3x3 convolution of the
   assembled image. label_dropout: the part of class labels that are set to zero in training, for classifier-free guidance.
   Released guidance models were trained with a label of their own for 'no class', the last: give its one-hot, not zeros.
+  prompt_length: tokens that are added to every block and are parameters ('prompts'; Golatkar et al. 2024, arXiv:2308.01937, section 4): what a
+  frozen network is adapted by. prompts_per_class: one set for every class, of which an image has that of its label, or with a label of
+  zeros one of zeros; else one for all.
   dtype: of tokens and attention; parameters, embeddings, statistics, softmax and the output layers are float32. remat:
   blocks are computed again in the backward pass. There is no dropout of activations.
   """
@@ -86,6 +94,8 @@ class UViT:
   mlp_time_embed: bool = False
   final_conv: bool = True
   label_dropout: float = 0.0
+  prompt_length: int = 0
+  prompts_per_class: bool = False
   dtype: str = "float32"
   remat: bool = False
 
@@ -118,6 +128,11 @@ class UViT:
       not (self.num_classes and self.context_shape),
       f"UViT: takes classes or a context, got num_classes {self.num_classes} and context_shape "
       f"{self.context_shape}",
+    )
+    check(self.prompt_length >= 0, f"UViT: prompt_length must not be negative, got {self.prompt_length}")
+    check(
+      not self.prompts_per_class or min(self.prompt_length, self.num_classes) > 0,
+      f"UViT: prompts_per_class needs classes and a prompt_length, got {self.num_classes} and {self.prompt_length}",
     )
     check(0 <= self.label_dropout < 1, f"UViT: label_dropout must lie in [0, 1), got {self.label_dropout}")
     check_choice("UViT: dtype", self.dtype, DTYPES)
@@ -158,6 +173,22 @@ class UViT:
     context: [b, *context_shape], there where the network has one. InputError for conditions that the network does not
     take, or of another shape.
     """
+    arguments = self._checked(x, class_labels, augment_labels, dropout_key, context)
+    return self.module.apply(variables, x, noise_labels, *arguments)
+
+  def middle(
+    self,
+    variables: Variables,
+    x: Float[Array, "b h w c"],
+    noise_labels: Float[Array, "b"],
+    class_labels: Float[Array, "b k"] | None = None,
+  ) -> Float[Array, "b n d"]:
+    """The tokens after the block in the middle, those that are no patches first: features at half the cost."""
+    arguments = self._checked(x, class_labels, None, None, None)
+    return UViTModule(self, until_middle=True).apply(variables, x, noise_labels, *arguments)
+
+  def _checked(self, x, class_labels, augment_labels, dropout_key, context):
+    """(class labels, context) as the module takes them."""
     check(
       x.shape[1:] == self.image_shape, f"UViT: takes images of shape {self.image_shape}, got {x.shape[1:]}"
     )
@@ -176,13 +207,14 @@ class UViT:
     if self.num_classes and self.label_dropout and dropout_key is not None:
       kept = jax.random.bernoulli(dropout_key, 1 - self.label_dropout, (x.shape[0], 1))
       class_labels = class_labels * kept
-    return self.module.apply(variables, x, noise_labels, class_labels, context)
+    return class_labels, context
 
 
 class UViTModule(nn.Module):
-  """See `UViT` for the fields."""
+  """See `UViT` for the fields; until_middle: returns the tokens after the block in the middle."""
 
   config: UViT
+  until_middle: bool = False
 
   @nn.compact
   def __call__(self, x, noise_labels, class_labels, context):
@@ -195,14 +227,19 @@ class UViTModule(nn.Module):
     positions = self.param("pos_embed", NORMAL, (1, tokens.shape[1], config.embed_dim))
     h = (tokens + positions).astype(dtype)
 
-    block = nn.remat(Block) if config.remat else Block
+    block = functools.partial(
+      nn.remat(Block) if config.remat else Block, config.num_heads, config.mlp_ratio, dtype
+    )
+    prompts = self._prompts(class_labels)
     skips = []
     for i in range(config.depth // 2):
-      h = block(config.num_heads, config.mlp_ratio, dtype, name=f"in_block{i}")(h)
+      h = block(name=f"in_block{i}")(h, None, prompts.pop(0))
       skips.append(h)
-    h = block(config.num_heads, config.mlp_ratio, dtype, name="mid_block")(h)
+    h = block(name="mid_block")(h, None, prompts.pop(0))
+    if self.until_middle:
+      return h
     for i in range(config.depth // 2):
-      h = block(config.num_heads, config.mlp_ratio, dtype, name=f"out_block{i}")(h, skips.pop())
+      h = block(name=f"out_block{i}")(h, skips.pop(), prompts.pop(0))
 
     h = _norm(h, wide, "norm")[:, config.num_extras :]
     h = _linear(h, config.patch_size**2 * config.image_shape[-1], wide, "decoder_pred")
@@ -224,6 +261,19 @@ class UViTModule(nn.Module):
       tokens.append(_linear(context, config.embed_dim, wide, "context_embed"))
     return tokens
 
+  def _prompts(self, class_labels) -> list[jax.Array | None]:
+    """Of every block, the tokens that are added to it: [1 l d] or, of each image's class, [b l d]."""
+    config = self.config
+    if not config.prompt_length:
+      return [None] * (config.depth + 1)
+    sets = config.num_classes if config.prompts_per_class else 1
+    limit = math.sqrt(6 / (config.image_shape[-1] * config.patch_size**2 + config.embed_dim))
+    shape = (sets, config.depth + 1, config.prompt_length, config.embed_dim)
+    table = self.param("prompts", layers.uniform_init(limit), shape)
+    if config.prompts_per_class:
+      table = jnp.einsum("bk,knld->bnld", class_labels, table)
+    return [table[:, i] for i in range(config.depth + 1)]
+
   def _assemble(self, patches: jax.Array) -> jax.Array:
     """[b, rows * columns, p * p * c] -> [b h w c]; a patch's values are ordered (row, column, channel)."""
     (rows, columns), p = self.config.grid, self.config.patch_size
@@ -232,22 +282,34 @@ class UViTModule(nn.Module):
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + MLP(norm(x)); a skip is first merged into x by a linear layer."""
+  """x + attention(norm(x)), then x + MLP(norm(x)); a skip is first merged into x by a linear layer.
+
+  prompts: tokens that go through the block with those of x and are dropped behind it.
+  """
 
   num_heads: int
   mlp_ratio: int
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n d"], skip: Float[Array, "b n d"] | None = None) -> jax.Array:
-    b, n, d = x.shape
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    skip: Float[Array, "b n d"] | None = None,
+    prompts: Float[Array, "p l d"] | None = None,
+  ) -> Float[Array, "b n d"]:
+    kept, d = x.shape[1:]
     if skip is not None:
       x = _linear(jnp.concatenate([x, skip], -1), d, self.dtype, "skip_linear")
+    if prompts is not None:
+      prompts = jnp.broadcast_to(prompts.astype(self.dtype), (len(x), *prompts.shape[1:]))
+      x = jnp.concatenate([x, prompts], 1)
+    b, n, _ = x.shape
     qkv = _linear(_norm(x, self.dtype, "norm1"), 3 * d, self.dtype, "attn_qkv", use_bias=False)
     q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.num_heads, d // self.num_heads), 2, 0)
     x = x + _linear(attention(q, k, v).reshape(b, n, d), d, self.dtype, "attn_proj")
     h = _linear(_norm(x, self.dtype, "norm2"), self.mlp_ratio * d, self.dtype, "mlp_fc1")
-    return x + _linear(nn.gelu(h, approximate=False), d, self.dtype, "mlp_fc2")
+    return (x + _linear(nn.gelu(h, approximate=False), d, self.dtype, "mlp_fc2"))[:, :kept]
 
 
 def time_embedding(t: Float[Array, "b"], channels: int) -> Float[Array, "b c"]:

@@ -20,13 +20,14 @@ from jax_trustdiff import parallel
 from jax_trustdiff.data.image_store import ImageStore, StorePlan, check_place
 from jax_trustdiff.data.readers import read_npy
 from jax_trustdiff.data.records import UNLABELLED
-from jax_trustdiff.diffusion.guidance import Guided
+from jax_trustdiff.diffusion.denoisers import Preconditioning
+from jax_trustdiff.diffusion.guidance import Guided, NoisyClassifier
 from jax_trustdiff.evaluation import report
 from jax_trustdiff.tasks import denoisers, noise_classifiers, reports, store_writing
 from jax_trustdiff.tasks.sampling import ImageSampler, balanced_labels, random_labels
 from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir, write_atomically
-from jax_trustdiff.types import DenoiseFn, InputError
+from jax_trustdiff.types import DenoiseFn, DiffusionNetwork, InputError
 
 MOST_CLASSES_SHOWN = 20  # as metrics of their own
 
@@ -35,16 +36,26 @@ LabelsOf = Callable[[np.ndarray], np.ndarray]  # ids [n] -> labels [n]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A diffusion model with its guidance, and what their files say of them."""
+  """What is sampled, and what its files say of it."""
 
-  guided: Guided
+  labelled: Any  # a pytree whose `with_labels` gives the DenoiseFn of a batch
+  unlabelled: DenoiseFn  # what is sampled without labels
+  network: DiffusionNetwork
+  preconditioning: Preconditioning
   num_classes: int  # of the model, or else of the classifier that guides it
   class_names: tuple[str, ...]  # () where there are none
-  fingerprint: str  # SHA-256 of its description and its arrays
-  guidance: dict[str, Any]  # the numbers, and the fingerprint of the classifier if there is one
+  provenance: dict[str, Any]  # SHA-256 of its description and its arrays, guidance: what makes images others
+  network_evaluations: int = 1  # for one of the denoiser
+  needs_labels: str = ""  # why it cannot do without labels of the network's classes
+  classifier: NoisyClassifier | None = None  # which guides, and has noise levels of its own
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
+  """`fill_store` with the model of config.init_from and its guidance."""
+  return fill_store(config, workdir, load_model(config))
+
+
+def fill_store(config, workdir: Workdir, model: Model) -> dict[str, float]:
   """Makes the shards of this worker that are missing and returns what the store, or this worker's part of it, holds.
 
   num_images and count/<class> (counted in the labels), nfe, and of this session generated, seconds and images_per_second.
@@ -53,7 +64,6 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   """
   worker, num_workers = store_writing.worker(config.generate, "generate")
   mesh = parallel.make_local_mesh()
-  model = load_model(config)
   labels_of, labels_origin = _labels(config, model.num_classes)
   sampler = _sampler(config, model, mesh)
   plan = _plan(config, model, labels_origin, sampler.micro_batch)
@@ -64,7 +74,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   workdir.open()
   parallel.barrier("workdir")
   store = ImageStore(path, plan, store_writing.maker())
-  denoise = model.guided if labels_of else model.guided.denoiser
+  denoise = model.labelled if labels_of else model.unlabelled
   made, seconds = _generate(
     config, store, sampler, denoise, labels_of, range(worker, plan.num_shards, num_workers)
   )
@@ -84,7 +94,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   counts = np.bincount(labels, minlength=plan.num_classes)
   metrics = {"num_images": len(labels), "generated": made, "seconds": seconds}
   metrics |= {"images_per_second": made / seconds if made else 0.0, "nfe": sampler.nfe}
-  metrics["network_evaluations"] = sampler.nfe * model.guided.network_evaluations
+  metrics["network_evaluations"] = sampler.nfe * model.network_evaluations
   names = plan.class_names or tuple(map(str, range(plan.num_classes)))
   if len(names) <= MOST_CLASSES_SHOWN:
     metrics |= {f"count/{name}": int(count) for name, count in zip(names, counts, strict=True)}
@@ -102,7 +112,7 @@ def load_model(config) -> Model:
     network = dataclasses.replace(denoiser.network, dtype=config.generate.dtype)
     denoiser = dataclasses.replace(denoiser, network=network)
   described = {name: known[name] for name in ("model", "denoiser")}
-  fingerprint, names = store_writing.fingerprint(described, denoiser.variables), known["class_names"]
+  provenance, names = {"model": store_writing.fingerprint(described, denoiser.variables)}, known["class_names"]
   num_classes, guidance = denoiser.network.num_classes, config_lib.to_plain(config.guidance)
   path, scale = guidance.pop("classifier"), guidance.pop("classifier_scale")
   guided = Guided(denoiser, guidance["scale"] != 1, **guidance)
@@ -120,7 +130,18 @@ def load_model(config) -> Model:
     }
   elif scale != 1:
     raise InputError(f"guidance.classifier_scale={scale} needs guidance.classifier, the export of one")
-  return Model(guided, num_classes, names, fingerprint, guidance)
+  return Model(
+    labelled=guided,
+    unlabelled=denoiser,
+    network=denoiser.network,
+    preconditioning=denoiser.preconditioning,
+    num_classes=num_classes,
+    class_names=names,
+    provenance=provenance | {"guidance": guidance},
+    network_evaluations=guided.network_evaluations,
+    needs_labels=f"guidance.scale={guided.scale}" if guided.by_labels else "",
+    classifier=guided.classifier,
+  )
 
 
 def _labels(config, num_classes: int) -> tuple[LabelsOf | None, Any]:
@@ -166,20 +187,20 @@ def _labels_from_file(file: pathlib.Path, section, num_classes: int) -> tuple[La
 
 
 def _sampler(config, model: Model, mesh) -> ImageSampler:
-  section, guided, denoiser = config.generate, model.guided, model.guided.denoiser
-  if guided.by_labels and (section.labels == "none" or not denoiser.network.num_classes):
-    raise InputError(f"guidance.scale={guided.scale} needs a model with classes, and labels")
-  sampler = denoisers.build_sampler(config_lib.to_plain(config.sampler), denoiser.preconditioning)
-  if guided.classifier is not None:
+  section = config.generate
+  if model.needs_labels and (section.labels == "none" or not model.network.num_classes):
+    raise InputError(f"{model.needs_labels} needs a model with classes, and labels")
+  sampler = denoisers.build_sampler(config_lib.to_plain(config.sampler), model.preconditioning)
+  if model.classifier is not None:
     if section.labels == "none":
       raise InputError("guidance.classifier needs labels to guide to: generate.labels is 'none'")
-    known = guided.classifier.preconditioning
+    known = model.classifier.preconditioning
     denoisers.check_levels(sampler, known, "the classifier of the guidance", "choose the sampler's to fit")
   if section.micro_batch < 1:
     raise InputError(f"generate.micro_batch must be at least 1, found {section.micro_batch}")
   return ImageSampler(
     sampler,
-    denoiser.network.image_shape,
+    model.network.image_shape,
     mesh,
     section.batch_size,
     config.seed,
@@ -188,7 +209,7 @@ def _sampler(config, model: Model, mesh) -> ImageSampler:
 
 
 def _plan(config, model: Model, labels_origin: Any, micro_batch: int) -> StorePlan:
-  section, network = config.generate, model.guided.denoiser.network
+  section, network = config.generate, model.network
   for name, low in (("num_images", 1), ("images_per_shard", 1), ("first_id", 0)):
     if section[name] < low:
       raise InputError(f"generate.{name} must be at least {low}, found {section[name]}")
@@ -201,11 +222,10 @@ def _plan(config, model: Model, labels_origin: Any, micro_batch: int) -> StorePl
     image_shape=tuple(network.image_shape),
     num_classes=model.num_classes if labelled else 1,
     class_names=model.class_names if labelled else (UNLABELLED,),
-    provenance={
-      "model": model.fingerprint,
+    provenance=model.provenance
+    | {
       "dtype": network.dtype,
       "sampler": config_lib.to_plain(config.sampler),
-      "guidance": model.guidance,
       "seed": config.seed,
       "first_id": section.first_id,
       "labels": labels_origin,
@@ -218,7 +238,7 @@ def _generate(
   config,
   store: ImageStore,
   sampler: ImageSampler,
-  denoise: Guided | DenoiseFn,
+  denoise: Any,
   labels_of: LabelsOf | None,
   shards: range,
 ) -> tuple[int, float]:

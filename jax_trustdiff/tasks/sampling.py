@@ -77,7 +77,7 @@ class ImageSampler:
   ) -> np.ndarray:
     """The images of these ids [n] in [0, 2^31), for integer labels [n] which `denoise.with_labels` takes.
 
-    denoise: a pytree; without labels it is the DenoiseFn that is sampled. `what` names the images in a progress line;
+    denoise: a pytree; without labels it is the DenoiseFn that is sampled. One with `start` begins with the state start(b), if it has any. `what` names the images in a progress line;
     `progress` is called with the number of those made so far. RunError if values of an image are not finite.
     """
     ids = np.asarray(ids, np.int64)
@@ -134,11 +134,15 @@ class ImageSampler:
     if "label" in batch:
       denoise = denoise.with_labels(batch["label"])
     noise = initial_noise(keys, self._image_shape)
+    start = getattr(denoise, "start", None)
+    state = None if start is None else start(len(keys))
     if self._sampler.nfe is None:
+      if state is not None:
+        raise InputError("an adaptive sampler carries no state along: take weights that need none, or another sampler")
       found = self._sampler.sample(denoise, noise, keys)
       x, nfe = found.x, found.nfe
     else:
-      x = self._sampler(denoise, noise, keys)
+      x = self._sampler(denoise, noise, keys) if state is None else self._sampler(denoise, noise, keys, state=state)[0]
       nfe = jnp.full(len(keys), self._sampler.nfe)
     return quantise(x), jnp.isfinite(x).all((1, 2, 3)), nfe.astype(jnp.int32)
 

@@ -210,6 +210,18 @@ class Workdir:
       raise InputError(f"workdir {self.path} is not empty and holds no config.json: it is not a run's folder")
 
 
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+  """Holds the lock of a run's folder, as the run itself does; InputError while another has it."""
+  with _input_errors(path):
+    file = open(path / ".lock", "a")
+    _flock(file, path)
+  try:
+    yield
+  finally:
+    file.close()
+
+
 def write_atomically(path: pathlib.Path, text: str, private: bool = False) -> None:
   """Writes a text file whole or not at all; private: nobody but its owner may read it."""
   temporary = path.with_name(f".{path.name}.tmp")

@@ -1,0 +1,1 @@
+"""Compartmentalized diffusion models: mixtures of models that were each trained on data of their own."""

@@ -1,0 +1,296 @@
+"""A compartmentalized model on disk: its manifest, its shards, and what was made of several of them.
+
+    bundle/ manifest.json                    sealed (`cdm.manifest`)
+            salt.txt                         turns an image's hash into what the manifest has; for its owner alone
+            backbone.safetensors             the network that all shards start from or adapt, if there is one
+            shards/<name>-<n>-<digest>/      the n-th version of a shard
+              images.json                    its images by slice, salted
+              stages/<r>.safetensors         the whole training state after stage r, from which training can go on exactly
+              export/                        the shard as a diffusion model of its own, averaged parameters
+              adapter.safetensors            where shards are adapters: the shard without the backbone
+              metrics.jsonl  config.json     how it was trained
+            artefacts/<name>-<n>/            what was made of several shards, such as a classifier of shards
+
+A version is there for the manifest or not at all: it is made in a folder that the manifest does not name yet, and once it does,
+folders that it does not name are removed. Whoever changes a bundle holds its lock (`training.workdir.locked`).
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_trustdiff
+from jax_trustdiff import config as config_lib
+from jax_trustdiff.cdm import manifest as manifest_lib
+from jax_trustdiff.cdm import shards as cdm_shards
+from jax_trustdiff.diffusion.denoisers import Denoiser
+from jax_trustdiff.diffusion.losses import LOSSES
+from jax_trustdiff.interop import export, safetensors_io
+from jax_trustdiff.models.adapters import ADAPTERS, BACKBONE
+from jax_trustdiff.tasks import compartments, denoisers
+from jax_trustdiff.tasks.compartments import Compartments
+from jax_trustdiff.tasks.train_diffusion import Model
+from jax_trustdiff.training.workdir import write_atomically
+from jax_trustdiff.types import InputError, Variables
+
+MANIFEST, SALT, BACKBONE_FILE = "manifest.json", "salt.txt", "backbone.safetensors"
+ADAPTER, IMAGES = "adapter.safetensors", "images.json"
+TRAINING = (
+  "seed",
+  "model",
+  "adapter",
+  "diffusion",
+  "augment",
+  "optimizer",
+  "schedule",
+  "ema",
+  "train",
+  "mesh",
+)
+PASSING = (".lock", ".seconds")  # files of a version's folder that come and go
+
+
+class Bundle:
+  """A compartmentalized model at `path`; InputError if there is none, or its manifest is not as it was sealed."""
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = pathlib.Path(path).expanduser()
+    self._splits: dict[int, Compartments] = {}
+    self.reload()
+
+  def reload(self) -> None:
+    """Reads the manifest anew: whoever takes the lock sees what others did before."""
+    file = self.path / MANIFEST
+    if not file.is_file():
+      raise InputError(f"{self.path} holds no {MANIFEST}: give the folder of a run of configs/cdm_train.py")
+    try:
+      self.manifest = json.loads(file.read_text())
+    except ValueError:
+      raise InputError(f"{file} is not JSON: it is no manifest, or damaged") from None
+    manifest_lib.check_seal(self.manifest, str(file))
+
+  @classmethod
+  def create(
+    cls, path: pathlib.Path, training: Mapping[str, Any], origin: Mapping[str, Any], backbone: Any
+  ) -> "Bundle":
+    """A bundle without shards, or the one that is there already; backbone: (variables, where they are from) or None."""
+    if not (path / MANIFEST).is_file():
+      if not (path / SALT).is_file():
+        write_atomically(path / SALT, secrets.token_hex(32) + "\n", private=True)
+      if backbone:
+        safetensors_io.save(path / BACKBONE_FILE, jax.tree.map(np.asarray, backbone[0]))
+      found = {
+        "format": 1,
+        "training": dict(training),
+        "salt_sha256": _file_digest(path / SALT),
+        "backbone": backbone and {"from": backbone[1], "sha256": _file_digest(path / BACKBONE_FILE)},
+        "origins": [dict(origin)],
+        "shards": {},
+        "dropped": [],
+        "forgotten": [],
+        "artefacts": {},
+        "deletions": [],
+      }
+      write_atomically(path / MANIFEST, text_of(found))
+    return cls(path)
+
+  def save(self) -> None:
+    """Seals and writes the manifest, and removes what it does not name. Only its lock's owner may."""
+    self.manifest = manifest_lib.sealed(self.manifest)
+    write_atomically(self.path / MANIFEST, text_of(self.manifest))
+    folder = os.open(self.path, os.O_RDONLY)
+    try:
+      os.fsync(folder)  # or a power cut could keep the manifest of before and lose what it names
+    finally:
+      os.close(folder)
+    for stray in self.strays():
+      shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+
+  def strays(self) -> list[pathlib.Path]:
+    """What lies beside the versions of shards and the artefacts that the manifest names."""
+    named = {
+      about["folder"] for about in (*self.manifest["shards"].values(), *self.active_artefacts().values())
+    }
+    return [
+      one
+      for kind in ("shards", "artefacts")
+      if (self.path / kind).is_dir()
+      for one in sorted((self.path / kind).iterdir())
+      if f"{kind}/{one.name}" not in named
+    ]
+
+  def active_artefacts(self) -> dict[str, dict[str, Any]]:
+    """{name: what the manifest says} of the artefacts that may be used."""
+    artefacts = self.manifest["artefacts"].items()
+    return {name: about for name, about in artefacts if about["status"] == manifest_lib.ACTIVE}
+
+  @functools.cached_property
+  def salt(self) -> bytes:
+    """InputError where it is not there, or another."""
+    file = self.path / SALT
+    if not file.is_file() or _file_digest(file) != self.manifest["salt_sha256"]:
+      raise InputError(f"{file} is missing or was changed: without it nobody can say which image is meant")
+    return bytes.fromhex(file.read_text().strip())
+
+  @property
+  def training(self) -> config_lib.ConfigDict:
+    """The sections that every shard was trained with."""
+    return _section(self.manifest["training"])
+
+  @property
+  def names(self) -> list[str]:
+    """The shards in the order of their slots."""
+    return sorted(self.manifest["shards"])
+
+  def check_names(self, names: Sequence[str]) -> None:
+    """InputError for a name that is no shard's."""
+    for name in names:
+      if name not in self.manifest["shards"]:
+        raise InputError(f"there is no shard {name!r}; there are {', '.join(self.names)}")
+
+  def data(self, origin: int) -> Compartments:
+    """The images of a data set with their shards; read once."""
+    if origin not in self._splits:
+      about = self.manifest["origins"][origin]
+      sections = (_section(about[name]) for name in ("data", "shards"))
+      self._splits[origin] = compartments.split(*sections, self.training.seed)
+    return self._splits[origin]
+
+  def salted(self, content: bytes) -> str:
+    """What the manifest has for an image."""
+    return manifest_lib.salted(content, self.salt)
+
+  def images(self, name: str) -> list[list[str]]:
+    """The images of a shard, slice by slice, salted, as its version on disk says."""
+    return json.loads((self.path / self.manifest["shards"][name]["folder"] / IMAGES).read_text())
+
+  def rows(self, origin: int, name: str, forgotten: Sequence[str] | None = None) -> np.ndarray:
+    """Positions in a data set of the images that a shard is to have: those of its compartment that are not forgotten."""
+    data = self.data(origin)
+    found = data.of(name)
+    gone = {*(self.manifest["forgotten"] if forgotten is None else forgotten)}
+    kept = [self.salted(data.contents[i]) not in gone for i in found] if gone else np.ones(len(found), bool)
+    return found[np.array(kept, bool)]
+
+  def stack(
+    self, names: Sequence[str] = (), capacity: int | None = None
+  ) -> tuple[cdm_shards.Shards, list[str]]:
+    """(the stack of these shards, by default all; the names of its slots)."""
+    names = list(names) or self.names
+    self.check_names(names)
+    if not names:
+      raise InputError(f"{self.path} has no shards")
+    model = self.model()
+    common = Denoiser(
+      model.network, model.preconditioning, {BACKBONE: self.backbone} if self.is_adapted else {}
+    )
+    own = [self.variables(name) for name in names]
+    proportions = [float(self.manifest["shards"][name]["num_images"]) for name in names]
+    return cdm_shards.stack(common, own, proportions, capacity), names
+
+  def variables(self, name: str) -> Variables:
+    """The averaged variables of a shard, the backbone left out."""
+    folder = self.path / self.manifest["shards"][name]["folder"]
+    file = folder / ADAPTER if self.is_adapted else folder / "export" / export.ARRAYS
+    return jax.tree.map(jnp.asarray, safetensors_io.load(file))
+
+  @property
+  def is_adapted(self) -> bool:
+    """Whether shards are adapters of the backbone, not networks of their own."""
+    return self.training.adapter.name != "none"
+
+  @functools.cached_property
+  def backbone(self) -> Variables | None:
+    """The variables that all shards start from, or adapt; None if there are none."""
+    if self.manifest["backbone"] is None:
+      return None
+    file = self.path / BACKBONE_FILE
+    if not file.is_file() or _file_digest(file) != self.manifest["backbone"]["sha256"]:
+      raise InputError(f"{file} is missing or was changed: shards were trained on another")
+    found = jax.tree.map(jnp.asarray, safetensors_io.load(file))
+    if not self.is_adapted:
+      return found
+    return jax.jit(self.model().network.on)(found, jax.random.key(0))[BACKBONE]
+
+  def plain_backbone(self) -> Variables:
+    """The variables of the file, before an adapter took its part out of them."""
+    return jax.tree.map(jnp.asarray, safetensors_io.load(self.path / BACKBONE_FILE))
+
+  def model(self) -> Model:
+    """The model that every shard is an instance of."""
+    about = self.manifest["origins"][0]
+    return build_model(self.training, tuple(about["image_shape"]), about["num_classes"])
+
+
+def build_model(training: Any, image_shape: tuple[int, int, int], num_classes: int) -> Model:
+  """The model of the sections of training, with its adapter."""
+  classes = num_classes if training.diffusion.conditional else 0
+  plain = denoisers.build_network(training.model, image_shape, classes)
+  return Model(
+    config_lib.build(ADAPTERS, training.adapter, backbone=plain),
+    denoisers.build_preconditioning(training.diffusion.preconditioning),
+    config_lib.build(LOSSES, training.diffusion.loss),
+  )
+
+
+def text_of(manifest: Mapping[str, Any]) -> str:
+  """The text of manifest.json: there is one for every manifest."""
+  return json.dumps(manifest_lib.sealed(manifest), indent=2, sort_keys=True) + "\n"
+
+
+def environment() -> dict[str, Any]:
+  """What bits depend on beside data and settings."""
+  device = jax.devices()[0]
+  packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+  return {
+    **{name: importlib.metadata.version(name) for name in packages},
+    "jax_trustdiff": jax_trustdiff.__version__,
+    "code": code_digest(),
+    "python": platform.python_version(),
+    "device": f"{device.platform} {device.device_kind}",
+    "devices": jax.device_count(),
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+  }
+
+
+@functools.cache
+def code_digest() -> str:
+  """SHA-256 of the package's own source files."""
+  root = pathlib.Path(jax_trustdiff.__file__).parent
+  found = hashlib.sha256()
+  for file in sorted(root.rglob("*.py")):
+    found.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+  return found.hexdigest()
+
+
+def file_digests(folder: pathlib.Path) -> dict[str, str]:
+  """SHA-256 of every file of a finished version or artefact, but for its lock and clock."""
+  files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+  return {name: _file_digest(file) for name, file in files.items() if name not in PASSING}
+
+
+def _section(plain: Mapping[str, Any]) -> config_lib.ConfigDict:
+  """A section as a recipe has it: JSON has no tuples."""
+
+  def tupled(value):
+    if isinstance(value, Mapping):
+      return {key: tupled(one) for key, one in value.items()}
+    return tuple(map(tupled, value)) if isinstance(value, list) else value
+
+  return config_lib.from_plain(tupled(plain))
+
+
+def _file_digest(file: pathlib.Path) -> str:
+  return hashlib.sha256(file.read_bytes()).hexdigest()

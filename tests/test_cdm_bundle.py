@@ -1,0 +1,355 @@
+"""Bundles of shards: exact training again, forgetting that is training without, and a check that finds every changed byte."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from jax_trustdiff import config as config_lib
+from jax_trustdiff.cdm import manifest as manifest_lib
+from jax_trustdiff.data import sources
+from jax_trustdiff.tasks import bundles, cdm_forget, cdm_train, cdm_verify, shard_training
+from jax_trustdiff.tasks.bundles import Bundle
+from jax_trustdiff.training.workdir import Workdir
+from jax_trustdiff.types import InputError, RunError
+
+SMALL = {
+  "data.name": "npz",
+  "model.channel_mult": (1,),
+  "model.attention_resolutions": (),
+  "train.batch_size": 32,
+  "train.num_epochs": 4,
+  "shards.groups": "0,1;2,3",
+  "shards.num_slices": 3,
+  "report.num_images": 4,
+}
+
+
+def complete(task, path, config):
+  workdir = Workdir(path, config)
+  return workdir.complete(lambda: task.run(config, workdir))
+
+
+def train_config(data, **overrides):
+  return config_lib.load("configs/cdm_train.py:smoke", SMALL | {"data.path": str(data)} | overrides)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """A file of digits 0 to 3, 200 of them."""
+  found = sources.digits()
+  rows = np.flatnonzero(found.labels < 4)[:200]
+  batch = found.select(rows).take(np.arange(200))
+  path = tmp_path_factory.mktemp("data") / "train.npz"
+  np.savez(path, image=batch["image"], label=batch["label"])
+  return path
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+  """(bundle's folder, metrics)"""
+  path = tmp_path_factory.mktemp("cdm") / "bundle"
+  return path, complete(cdm_train, path, train_config(data))
+
+
+@pytest.fixture
+def bundle(trained, tmp_path):
+  """A copy of the trained bundle."""
+  shutil.copytree(trained[0], tmp_path / "bundle")
+  return Bundle(tmp_path / "bundle")
+
+
+def forget(bundle, tmp_path, name="forget", **section):
+  overrides = {"cdm.path": str(bundle.path)} | {f"forget.{k}": v for k, v in section.items()}
+  return complete(cdm_forget, tmp_path / name, config_lib.load("configs/cdm_forget.py", overrides))
+
+
+def verify(bundle, tmp_path, name="verify", **section):
+  overrides = {"cdm.path": str(bundle.path)} | {f"verify.{k}": v for k, v in section.items()}
+  return complete(cdm_verify, tmp_path / name, config_lib.load("configs/cdm_verify.py", overrides))
+
+
+def parameters(bundle):
+  return {name: about["parameters"] for name, about in bundle.manifest["shards"].items()}
+
+
+def test_a_bundle_says_what_it_is_made_of(trained, data):
+  path, metrics = trained
+  bundle = Bundle(path)
+  assert bundle.names == ["0+1", "2+3"] and metrics["num_shards"] == 2
+  assert metrics["num_images"] == 200 == sum(metrics[f"images/{name}"] for name in bundle.names)
+  assert 1 / 2 > metrics["expected_deletion_share"] > 1 / 3
+  for about in bundle.manifest["shards"].values():
+    assert sum(part["num_images"] for part in about["slices"]) == about["num_images"]
+    assert [stage["before"] for stage in about["stages"][1:]] == [s["after"] for s in about["stages"][:-1]]
+    assert sum(about["class_counts"]) == about["num_images"]
+  text = (path / "manifest.json").read_text()
+  assert bundle.data(0).contents[0].hex() not in text and (path / "salt.txt").stat().st_mode & 0o077 == 0
+  assert (path / "report/shards.png").is_file() and "2+3" in (path / "report/report.html").read_text()
+  stack, names = bundle.stack(capacity=3)
+  assert names == bundle.names and stack.capacity == 3
+  np.testing.assert_allclose(stack.proportions[:2], [metrics[f"images/{n}"] for n in names])
+  assert manifest_lib.tree_digest(bundle.variables("0+1")) == parameters(bundle)["0+1"]
+
+
+def test_a_bundle_that_was_cut_off_ends_bit_for_bit_the_same(trained, data, tmp_path, monkeypatch):
+  """Once in the middle of a stage, once between a stage and its shard's end."""
+  real, calls = shard_training.loop.fit, []
+
+  def dies(state, step, feed, plan, *rest, **more):
+    calls.append(plan.num_steps)
+    if len(calls) == 2:
+      real(state, step, feed, shard_training.loop.Plan(plan.num_steps - 1, 2, 2), *rest, **more)
+      raise KeyboardInterrupt
+    return real(state, step, feed, plan, *rest, **more)
+
+  monkeypatch.setattr(shard_training.loop, "fit", dies)
+  with pytest.raises(KeyboardInterrupt):
+    complete(cdm_train, tmp_path / "bundle", train_config(data))
+  assert not Bundle(tmp_path / "bundle").manifest["shards"]
+  monkeypatch.setattr(shard_training.Training, "_export", lambda *_: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    complete(cdm_train, tmp_path / "bundle", train_config(data))
+  monkeypatch.undo()
+  complete(cdm_train, tmp_path / "bundle", train_config(data))
+  one, other = Bundle(trained[0]), Bundle(tmp_path / "bundle")
+  assert parameters(one) == parameters(other)
+  for name in one.names:
+    assert one.manifest["shards"][name]["stages"] == other.manifest["shards"][name]["stages"]
+
+
+def without(data, rows, path):
+  arrays = np.load(data)
+  np.savez(path, **{name: np.delete(arrays[name], rows, 0) for name in arrays})
+  return path
+
+
+@pytest.fixture
+def image_of_last_slice(bundle):
+  """Position of an image of shard 0+1 that comes in the last slice."""
+  data = bundle.data(0)
+  return int(np.flatnonzero((data.shard == 0) & (data.slice == 2))[0])
+
+
+def test_forgetting_is_training_without(bundle, data, tmp_path, image_of_last_slice):
+  """Bit for bit the shard that was trained without the images; the others keep their hashes; nothing is left of the version before."""
+  split = bundle.data(0)
+  rows = [image_of_last_slice, int(np.flatnonzero((split.shard == 0) & (split.slice == 1))[0])]
+  before = parameters(bundle)
+  folder = bundle.path / bundle.manifest["shards"]["0+1"]["folder"]
+  metrics = forget(bundle, tmp_path, positions=",".join(map(str, rows)))
+  after = Bundle(bundle.path)
+  assert (metrics["images"], metrics["retrained_shards"], metrics["dropped_shards"]) == (2, 1, 0)
+  assert 0 < metrics["steps_share"] < 0.5 and not folder.exists()
+  assert parameters(after)["2+3"] == before["2+3"] and parameters(after)["0+1"] != before["0+1"]
+  assert not (bundle.path / "report").exists() and not (bundle.path / "result.json").exists()
+
+  scratch = tmp_path / "scratch"
+  shorter = without(data, rows, tmp_path / "train.npz")
+  complete(cdm_train, scratch, train_config(shorter, **{"cdm.only": "0+1"}))
+  assert parameters(Bundle(scratch))["0+1"] == parameters(after)["0+1"]
+  stages = [
+    [stage["after"] for stage in Bundle(p).manifest["shards"]["0+1"]["stages"]] for p in (scratch, bundle.path)
+  ]
+  assert stages[0] == stages[1]
+  # the first stage did not see them, and was not run again
+  assert stages[0][0] == bundle.manifest["shards"]["0+1"]["stages"][0]["after"]
+  assert stages[0][1] != bundle.manifest["shards"]["0+1"]["stages"][1]["after"]
+
+  checks = verify(after, tmp_path, replay="0+1")
+  assert checks["faults"] == 0 and checks["replayed"] == 1
+  for again in (",".join(map(str, rows[:1])),):
+    with pytest.raises(InputError, match="forgotten already"):
+      forget(after, tmp_path, "again", positions=again)
+
+
+def test_forgetting_from_the_first_slice_and_by_a_file(bundle, tmp_path):
+  split = bundle.data(0)
+  row = int(np.flatnonzero((split.shard == 1) & (split.slice == 0))[0])
+  (tmp_path / "images.txt").write_text(split.contents[row].hex() + "\n")
+  before = bundle.manifest["shards"]["2+3"]["stages"]
+  forget(bundle, tmp_path, file=str(tmp_path / "images.txt"))
+  after = Bundle(bundle.path).manifest["shards"]["2+3"]
+  assert after["num_images"] == bundle.manifest["shards"]["2+3"]["num_images"] - 1
+  assert after["stages"][0]["before"] == before[0]["before"] and after["stages"][0]["after"] != before[0]["after"]
+  assert verify(Bundle(bundle.path), tmp_path)["faults"] == 0
+
+
+def test_forgetting_that_was_cut_off(bundle, tmp_path, monkeypatch, image_of_last_slice):
+  """Before the manifest is written nothing has changed; after it only cleaning up is left. Another request does not take over its work."""
+  position, before = str(image_of_last_slice), (bundle.path / "manifest.json").read_text()
+  monkeypatch.setattr(Bundle, "save", lambda self: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    forget(bundle, tmp_path, positions=position)
+  assert (bundle.path / "manifest.json").read_text() == before
+  monkeypatch.undo()
+
+  other = int(np.flatnonzero((bundle.data(0).shard == 0) & (bundle.data(0).slice == 2))[1])
+  one, two = (tmp_path / name for name in ("one", "two"))
+  for path in (one, two):
+    shutil.copytree(bundle.path, path / "bundle", ignore=shutil.ignore_patterns("*-1-*"))
+  forget(bundle, tmp_path, "other", positions=str(other))
+  forget(Bundle(one / "bundle"), tmp_path, "fresh", positions=str(other))
+  assert parameters(Bundle(bundle.path)) == parameters(Bundle(one / "bundle"))
+  assert len(list((bundle.path / "shards").iterdir())) == 2
+
+  second = Bundle(two / "bundle")
+  monkeypatch.setattr(bundles.shutil, "rmtree", lambda *_, **__: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    forget(second, tmp_path, "killed", positions=position)
+  monkeypatch.undo()
+  forget(second, tmp_path, "killed", positions=position)
+  assert verify(Bundle(second.path), tmp_path)["faults"] == 0 and not Bundle(second.path).strays()
+
+
+def test_a_dropped_shard_is_gone_and_stays_away(bundle, data, tmp_path):
+  artefact = bundle.path / "artefacts/classifier-0"
+  artefact.mkdir(parents=True)
+  (artefact / "weights").write_text("of all shards")
+  bundle.manifest["artefacts"]["classifier"] = {
+    "status": manifest_lib.ACTIVE,
+    "folder": "artefacts/classifier-0",
+    "depends_on": bundle.names,
+    "made_of": parameters(bundle),
+    "files": bundles.file_digests(artefact),
+  }
+  bundle.save()
+  assert verify(bundle, tmp_path, "before")["faults"] == 0
+  metrics = forget(bundle, tmp_path, shards="2+3")
+  after = Bundle(bundle.path)
+  assert (metrics["dropped_shards"], metrics["stale_artefacts"], metrics["steps_share"]) == (1, 1, 0)
+  assert after.names == ["0+1"] and parameters(after)["0+1"] == parameters(bundle)["0+1"]
+  assert after.manifest["artefacts"]["classifier"]["status"] == manifest_lib.STALE
+  assert not artefact.exists() and len(list((bundle.path / "shards").iterdir())) == 1
+  assert verify(after, tmp_path, "after")["faults"] == 0
+  complete(cdm_train, bundle.path, train_config(data))  # its report was removed, so it runs again
+  assert Bundle(bundle.path).names == ["0+1"]
+
+
+def files_of(bundle):
+  skipped = (".lock", ".seconds", "config.json", "result.json")
+  found = [p for p in sorted(bundle.path.rglob("*")) if p.is_file() and "report" not in p.parts[-2:]]
+  return [p for p in found if p.name not in skipped or p.parent != bundle.path and p.name == "config.json"]
+
+
+def test_verification_finds_a_flipped_byte_anywhere(bundle, tmp_path):
+  """In every file, at its start, in its middle and at its end."""
+  assert verify(bundle, tmp_path, "whole")["faults"] == 0
+  files = files_of(bundle)
+  assert len(files) > 15
+  for number, file in enumerate(files):
+    whole = file.read_bytes()
+    for place in {0, len(whole) // 2, len(whole) - 1}:
+      damaged = bytearray(whole)
+      damaged[place] ^= 1
+      file.write_bytes(damaged)
+      name = f"damaged-{number}-{place}"
+      expected = InputError if file.name == "salt.txt" else RunError
+      with pytest.raises((RunError, expected)):
+        verify(bundle, tmp_path, name, data=False)
+      file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("what", ["removed", "added", "image", "stage", "undone"])
+def test_verification_finds_other_faults(bundle, data, tmp_path, what):
+  shard = bundle.path / bundle.manifest["shards"]["0+1"]["folder"]
+  if what == "removed":
+    (shard / "stages/1.safetensors").unlink()
+    message = "it is missing"
+  elif what == "added":
+    (bundle.path / "shards/0+1-backup").mkdir()
+    message = "no part of the manifest"
+  elif what == "image":
+    bundle.manifest["forgotten"] = [bundle.images("0+1")[0][0]]
+    bundle.save()
+    message = "not the .* it was trained on|forgotten image"
+  elif what == "stage":
+    bundle.manifest["shards"]["0+1"]["stages"][1]["before"] = "0" * 64
+    bundle.save()
+    message = "goes on from the one before"
+  else:
+    forget(bundle, tmp_path, shards="2+3")
+    after = Bundle(bundle.path)
+    after.manifest["deletions"][0]["left"] = {"0+1": "0" * 64}
+    after.save()
+    message = "its parameters are others"
+  with pytest.raises(RunError, match=message):
+    verify(Bundle(bundle.path), tmp_path)
+  checks = json.loads((tmp_path / "verify/checks.json").read_text())
+  assert any(one["fault"] for one in checks)
+
+
+def test_replay_finds_a_shard_that_was_trained_otherwise(bundle, tmp_path):
+  """A manifest that was sealed over parameters which training does not give."""
+  shard = bundle.manifest["shards"]["0+1"]
+  shard["parameters"] = "0" * 64
+  bundle.save()
+  assert verify(bundle, tmp_path, "hashes alone")["faults"] == 0
+  with pytest.raises(RunError, match="replay of 0.1: its parameters: other bits"):
+    verify(bundle, tmp_path, replay="0+1")
+
+
+@pytest.mark.parametrize(
+  "section, message",
+  [
+    ({}, "nothing to forget"),
+    ({"shards": "9"}, "there is no shard '9'; there are 0.1, 2.3"),
+    ({"positions": "1,x"}, "numbers separated by commas"),
+    ({"positions": "200"}, "there are 200 images, none at 200"),
+    ({"positions": "1", "origin": 3}, "data sets 0 .. 0"),
+    ({"file": "nowhere.txt"}, "no such file"),
+  ],
+)
+def test_forgetting_refuses_in_one_line(bundle, tmp_path, section, message):
+  before = (bundle.path / "manifest.json").read_text()
+  with pytest.raises(InputError, match=message):
+    forget(bundle, tmp_path, **section)
+  assert (bundle.path / "manifest.json").read_text() == before and not (tmp_path / "forget").exists()
+
+
+def test_an_image_that_left_the_data_set_can_be_forgotten_and_no_other_with_it(bundle, data, tmp_path):
+  split = bundle.data(0)
+  rows = np.flatnonzero((split.shard == 0) & (split.slice == 2))[:2]
+  contents = [split.contents[row] for row in rows]
+  moved = shutil.copy(data, tmp_path / "train.npz")
+  bundle.manifest["origins"][0]["data"]["path"] = str(without(moved, [rows[0]], tmp_path / "fewer_train.npz").rename(tmp_path / "train.npz"))
+  bundle.save()
+  (tmp_path / "second.txt").write_text(contents[1].hex())
+  with pytest.raises(InputError, match="1 images that shard 0.1 was trained on are no longer in its data set"):
+    forget(Bundle(bundle.path), tmp_path, file=str(tmp_path / "second.txt"))
+  (tmp_path / "both.txt").write_text("\n".join(one.hex() for one in contents))
+  assert forget(Bundle(bundle.path), tmp_path, "both", file=str(tmp_path / "both.txt"))["images"] == 2
+  (tmp_path / "foreign.txt").write_text("ab" * 32)
+  with pytest.raises(InputError, match="in no shard and no data set"):
+    forget(Bundle(bundle.path), tmp_path, "foreign", file=str(tmp_path / "foreign.txt"))
+
+
+@pytest.mark.parametrize(
+  "overrides, message",
+  [
+    ({"shards.groups": "0,1;2"}, "leaves out class 3"),
+    ({"shards.groups": "0,1;1,2,3"}, "at most once"),
+    ({"shards.groups": "a"}, "has classes as in"),
+    ({"shards.by": "colour"}, "unknown shards.by"),
+    ({"shards.by": "owner"}, "a text file with an owner"),
+    ({"cdm.only": "9"}, "there is no shard '9'"),
+    ({"shards.num_slices": 9}, "take more epochs"),
+    ({"adapter.name": "lora"}, "needs init_from"),
+    ({"train.log_every": 0}, "train.log_every must be at least 1"),
+    ({"optimizer.name": "sgdd"}, "unknown name 'sgdd'"),
+  ],
+)
+def test_training_refuses_in_one_line(data, tmp_path, overrides, message):
+  with pytest.raises(InputError, match=message):
+    complete(cdm_train, tmp_path / "bundle", train_config(data, **overrides))
+  assert not (tmp_path / "bundle").exists()
+
+
+def test_other_folders_are_no_bundles(tmp_path):
+  for task in (cdm_forget, cdm_verify):
+    config = config_lib.load(f"configs/{task.__name__.rpartition('.')[2]}.py", {"cdm.path": str(tmp_path)})
+    with pytest.raises(InputError, match="holds no manifest.json"):
+      complete(task, tmp_path / "run", config)
+  assert list(pathlib.Path(tmp_path).iterdir()) == []

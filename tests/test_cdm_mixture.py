@@ -1,0 +1,490 @@
+"""The mixture of shards against the closed form: eq. 5, its weights, classes, masks, stacks, and what is evaluated."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from workers import answer, start
+from worlds import GaussianMixture, LogDensities, log_density_of_all, samples_of_shards, shards, small
+
+from jax_trustdiff.cdm import shards as cdm_shards
+from jax_trustdiff.cdm import weights
+from jax_trustdiff.cdm.mixture import Mixture, RandomShard, Recorded, TopShards
+from jax_trustdiff.diffusion.denoisers import Denoiser, EDMPreconditioning, convert
+from jax_trustdiff.diffusion.guidance import ClassifierFreeGuidance
+from jax_trustdiff.diffusion.processes import VP
+from jax_trustdiff.diffusion.samplers import AncestralSampler, EDMSampler, euler_maruyama
+from jax_trustdiff.models.uvit import uvit
+from jax_trustdiff.types import InputError
+
+
+def exact(stacked, **more):
+  return Mixture(stacked, weights.Exact(LogDensities(stacked)), **more)
+
+
+def noisy(stacked, count=4096, seed=0, dtype=jnp.float32):
+  """Images of the mixture with noise at times uniform in VP's t: (x, sigma), in the EDM convention."""
+  key = jax.random.key(seed)
+  x0, _ = samples_of_shards(stacked, key, count)
+  t = jax.random.uniform(jax.random.fold_in(key, 1), (count,), dtype, 1e-3, 1)
+  sigma = VP().sigma(t).astype(dtype)
+  noise = jax.random.normal(jax.random.fold_in(key, 2), x0.shape, dtype)
+  return x0.astype(dtype) + sigma[:, None, None, None] * noise, sigma
+
+
+def scores(stacked, x, sigma):
+  """(score of every shard [s ...], score of the mixture), both by differentiating log-densities."""
+  parts = [
+    jax.grad(lambda x, i=i: LogDensities(stacked)(x, sigma)[i].sum())(x) for i in range(stacked.capacity)
+  ]
+  return jnp.stack(parts), jax.grad(lambda x: log_density_of_all(stacked, x, sigma).sum())(x)
+
+
+def denoised(stacked, x, sigma, components=None):
+  """D of the mixture as one mixture of all components, in float64 by numpy; components: of every image, those that there are."""
+  mean, variance = (np.asarray(stacked.own[name], np.float64) for name in ("mean", "variance"))
+  log_weight = np.repeat(np.asarray(stacked.log_prior, np.float64)[:, None], mean.shape[1], 1)
+  if components is not None:
+    log_weight = np.where(components, log_weight, -np.inf)
+  x, noise = (
+    np.asarray(x, np.float64).reshape(len(x), 1, 1, -1),
+    np.asarray(sigma, np.float64)[:, None, None] ** 2,
+  )
+  total = variance + noise
+  log = log_weight - ((x - mean) ** 2).sum(-1) / (2 * total) - mean.shape[-1] / 2 * np.log(total)
+  posterior = scipy.special.softmax(log, axis=(1, 2))
+  parts = (variance[..., None] * x + noise[..., None] * mean) / total[..., None]
+  return (posterior[..., None] * parts).sum((1, 2)).reshape(-1, 2, 2, 1)
+
+
+def in_vp(sigma, score):
+  """A score in VP's coordinates x / sqrt(1 + sigma^2), which are of order 1."""
+  return score * jnp.sqrt(1 + sigma**2)[:, None, None, None]
+
+
+@pytest.mark.parametrize("apart", [3.0, 0.5])
+def test_equation_5_in_float64(float64, apart):
+  stacked = shards(apart, jnp.float64)
+  x, sigma = noisy(stacked, dtype=jnp.float64)
+  seen = exact(stacked).look(x, sigma)
+  of_shards, wanted = scores(stacked, x, sigma)
+  mixed = jnp.einsum("sb,sbhwc->bhwc", seen.weights, of_shards)
+  assert jnp.abs(in_vp(sigma, mixed - wanted)).max() < 1e-13
+  assert np.abs(seen.found - denoised(stacked, x, sigma)).max() < 1e-13
+  np.testing.assert_allclose(seen.weights.sum(0), 1, atol=1e-15)
+
+
+def test_equation_5_in_float32_and_with_no_other_weights():
+  stacked = shards()
+  x, sigma = noisy(stacked)
+  seen = jax.jit(Mixture.look)(exact(stacked), x, sigma)
+  of_shards, wanted = scores(stacked, x, sigma)
+  mixed = jnp.einsum("sb,sbhwc->bhwc", seen.weights, of_shards)
+  error = jnp.abs(in_vp(sigma, mixed - wanted))
+  assert error.max() < 1e-5 and jnp.abs(in_vp(sigma, wanted)).max() < 50
+  exact_d = denoised(stacked, x, sigma)
+  assert np.abs(seen.found - exact_d).max() < 2e-5
+  np.testing.assert_allclose(seen.weights.sum(0), 1, atol=1e-6)
+  for other in (weights.Prior(), weights.Equal()):
+    assert np.abs(Mixture(stacked, other)(x, sigma) - exact_d).max() > 0.5
+
+
+@pytest.mark.parametrize("prediction", ["noise", "score", "v", "flow"])
+def test_the_same_weights_mix_other_predictions(float64, prediction):
+  stacked = shards(dtype=jnp.float64)
+  x, sigma = noisy(stacked, 512, dtype=jnp.float64)
+  seen = exact(stacked).look(x, sigma)
+  predicted = jax.vmap(lambda d: convert(d, x, sigma, "x0", prediction))(seen.estimates)
+  mixed = jnp.einsum("sb,sbhwc->bhwc", seen.weights, predicted)
+  back = convert(mixed, x, sigma, prediction, "x0")
+  assert jnp.abs(back - seen.found).max() < 1e-11
+
+
+def permuted(stacked, order):
+  def rows(leaf):
+    return leaf[order]
+
+  return dataclasses.replace(
+    stacked,
+    own=jax.tree.map(rows, stacked.own),
+    active=rows(stacked.active),
+    proportions=rows(stacked.proportions),
+  )
+
+
+@pytest.mark.parametrize("impl", ["vmap", "map"])
+def test_order_one_shard_and_equal_shards(impl):
+  stacked = shards()
+  x, sigma = noisy(stacked, 256)
+  order = jnp.array([2, 0, 1])
+  one, other = (exact(found, impl=impl).look(x, sigma) for found in (stacked, permuted(stacked, order)))
+  np.testing.assert_allclose(one.weights[order], other.weights, atol=1e-6)
+  np.testing.assert_allclose(one.found, other.found, atol=1e-6 * float(jnp.abs(x).max()))
+
+  own = jax.tree.map(lambda leaf: leaf[1], stacked.own)
+  plain = GaussianMixture(**own)
+  keys, noise = small(32)
+  sampler = EDMSampler(12)
+  for count in (1, 3):
+    same = cdm_shards.stack(plain, [own] * count, [1.0, 2.0, 3.0][:count])
+    found = jax.jit(sampler)(exact(same, impl=impl), noise)
+    np.testing.assert_allclose(found, jax.jit(sampler)(plain, noise), rtol=1e-6, atol=1e-6)
+
+
+def unused(stacked, value=jnp.nan):
+  """The stack with shard 1 full of NaN."""
+  own = jax.tree.map(lambda leaf: leaf.at[1].set(value), stacked.own)
+  return dataclasses.replace(stacked, own=own)
+
+
+@pytest.mark.parametrize("impl", ["vmap", "map"])
+@pytest.mark.parametrize("how", ["active", "allowed", "of each image", "dropped", "free slots"])
+def test_a_shard_that_does_not_count_is_not_there(impl, how):
+  stacked = shards()
+  x, sigma = noisy(stacked, 256)
+  without = cdm_shards.stack(
+    stacked.common, [jax.tree.map(lambda leaf, i=i: leaf[i], stacked.own) for i in (0, 2)], [0.5, 0.2]
+  )
+  allowed = jnp.array([True, False, True])
+  if how == "active":
+    mixture = exact(unused(stacked).restricted(allowed), impl=impl)
+  elif how == "allowed":
+    mixture = exact(unused(stacked), allowed=allowed, impl=impl)
+  elif how == "of each image":
+    mixture = exact(unused(stacked), allowed=jnp.repeat(allowed[:, None], len(x), 1), impl=impl)
+  elif how == "dropped":
+    mixture = exact(unused(stacked).drop(1), impl=impl)
+    assert not any(np.asarray(leaf[1]).any() for leaf in jax.tree.leaves(mixture.shards.own))
+  else:
+    mixture = exact(cdm_shards.with_capacity(without, 5), impl=impl)
+  found, wanted = (jax.jit(lambda m: m(x, sigma))(m) for m in (mixture, exact(without, impl=impl)))
+  assert jnp.isfinite(found).all()
+  if impl == "map":
+    np.testing.assert_array_equal(found, wanted)
+  np.testing.assert_allclose(found, wanted, atol=1e-6 * float(jnp.abs(x).max()))
+  with_all = exact(stacked, impl=impl)(x, sigma)
+  assert jnp.abs(with_all - wanted).max() > 0.5
+
+
+def test_access_differs_from_image_to_image():
+  stacked = shards()
+  x, sigma = noisy(stacked, 6)
+  allowed = jnp.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1], [1, 1, 0], [0, 1, 1]], bool).T
+  seen = exact(stacked, allowed=allowed).look(x, sigma)
+  assert not seen.weights[~allowed].any()
+  for image in range(6):
+    alone = exact(stacked, allowed=allowed[:, image]).look(x[image : image + 1], sigma[image : image + 1])
+    np.testing.assert_allclose(alone.weights[:, 0], seen.weights[:, image], atol=1e-6)
+
+
+def test_weights_of_classes_hold_what_each_shard_has_of_a_class(float64):
+  """Class c is component c of every shard; shard 0 has no class 4 and shard 2 twice as many of class 1 as of others."""
+  stacked = shards(0.5, jnp.float64)
+  frequencies = jnp.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 2, 1, 1, 1.0]])
+  frequencies = frequencies / frequencies.sum(1, keepdims=True)
+  x, sigma = noisy(stacked, 512, dtype=jnp.float64)
+  labels = jnp.arange(512) % 5
+  one = jax.nn.one_hot(labels, 5, dtype=bool)  # [b k]
+
+  def log_of_class(x):
+    """log p^i(x | c), [s b]"""
+    total = stacked.own["variance"][:, None] + jnp.square(sigma)[:, None]
+    flat = x.reshape(len(x), 1, -1)
+    log = -jnp.square(flat - stacked.own["mean"][:, None]).sum(-1) / (2 * total) - 2 * jnp.log(total)
+    return jnp.where(one, log, 0).sum(-1)
+
+  of_class = OfClass(stacked.own["mean"][0], stacked.own["variance"][0])
+  stacked = dataclasses.replace(stacked, common=of_class)
+  mixture = Mixture(stacked, weights.Exact(ClassDensities(stacked, labels)), labels, jnp.log(frequencies))
+  found = mixture.look(x, sigma)
+  joint = stacked.log_prior[:, None] + jnp.log(frequencies)[:, labels] + log_of_class(x)
+  score = jax.grad(
+    lambda x: jax.nn.logsumexp(
+      stacked.log_prior[:, None] + jnp.log(frequencies)[:, labels] + log_of_class(x), 0
+    ).sum()
+  )(x)
+  column = sigma[:, None, None, None]
+  np.testing.assert_allclose(found.weights, jax.nn.softmax(joint, 0), atol=1e-12)
+  np.testing.assert_allclose((found.found - x) / column**2, score, rtol=1e-6, atol=1e-7)
+  assert not found.weights[0][labels == 4].any()
+  unconditional = Mixture(stacked, weights.Exact(LogDensities(stacked)), labels, None)(x, sigma)
+  assert jnp.abs(unconditional - found.found).max() > 0.1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfClass(GaussianMixture):
+  """The component of each image's class alone."""
+
+  labels: jax.Array | None = None
+
+  def with_variables(self, own):
+    return OfClass(**own)
+
+  def with_labels(self, labels):
+    return dataclasses.replace(self, labels=labels)
+
+  def log_parts(self, x, sigma):
+    parts = super().log_parts(x, sigma)
+    return jnp.where(jax.nn.one_hot(self.labels, parts.shape[1], dtype=bool), parts, -jnp.inf)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClassDensities:
+  """log p^i(x | c; sigma), [s b]."""
+
+  shards: cdm_shards.Shards
+  labels: jax.Array
+
+  def __call__(self, x, sigma):
+    def one(own):
+      return jax.nn.logsumexp(OfClass(**own, labels=self.labels).log_parts(x, sigma), 1)
+
+    return jax.vmap(one)(self.shards.own)
+
+
+def test_guidance_comes_after_mixing():
+  """D_u + g (D_c - D_u), each with weights of its own, is not the mixture of guided shards."""
+  stacked = dataclasses.replace(shards(0.5), common=OfClass(jnp.zeros((5, 4)), jnp.ones(5)))
+  plain = shards(0.5)
+  x, sigma = noisy(plain, 64)
+  labels = jnp.arange(64) % 5
+  conditional = Mixture(stacked, weights.Exact(ClassDensities(stacked, labels)), labels)
+  unconditional = exact(plain)
+  guided = ClassifierFreeGuidance(conditional, unconditional, 3.0)(x, sigma)
+  d_c, d_u = conditional(x, sigma), unconditional(x, sigma)
+  np.testing.assert_allclose(guided, d_u + 3 * (d_c - d_u), atol=1e-4)
+  seen = unconditional.look(x, sigma)
+  of_each = seen.estimates + 3 * (conditional.look(x, sigma).estimates - seen.estimates)
+  mixed_after = jnp.einsum("sb,sbhwc->bhwc", seen.weights, of_each)
+  assert jnp.abs(mixed_after - guided).max() > 0.1
+
+
+def network_stack(count, capacity=None, dtype="float32", size="tiny", shape=(8, 8, 1)):
+  network = uvit(size, image_shape=shape, patch_size=2, dtype=dtype)
+  init = jax.jit(network.init)
+  own = [init(jax.random.key(i)) for i in range(count)]
+  common = Denoiser(network, EDMPreconditioning(), {})
+  return cdm_shards.stack(common, own, capacity=capacity), own
+
+
+def test_adding_dropping_and_masking_compile_once():
+  stacked, own = network_stack(3, 6)
+  x, sigma = jnp.ones((2, 8, 8, 1)), jnp.ones(2)
+  run = jax.jit(lambda mixture: mixture(x, sigma))
+  seen = []
+  for turn in range(20):
+    if turn % 3 == 0:
+      stacked = stacked.put(turn % 6, own[turn % 3], 1.0 + turn)
+    elif turn % 3 == 1:
+      stacked = stacked.drop((turn + 1) % 6)
+    mixture = Mixture(stacked, weights.Prior(), allowed=jnp.arange(6) != turn % 2)
+    seen.append(np.asarray(run(mixture)))
+  assert run._cache_size() == 1
+  assert len({image.tobytes() for image in seen}) > 5 and np.isfinite(seen).all()
+
+
+def flops(denoise, x, sigma):
+  return jax.jit(lambda d: d(x, sigma)).lower(denoise).compile().cost_analysis()["flops"]
+
+
+def test_random_selection_costs_one_network_and_top_k_costs_k():
+  stacked, own = network_stack(8)
+  x, sigma = jnp.ones((4, 8, 8, 1)), jnp.ones(4)
+  one = flops(stacked.common.with_variables(own[0]), x, sigma)
+  assert flops(RandomShard(stacked, jax.random.key(0)), x, sigma) <= 1.05 * one
+  mixture = Mixture(stacked, weights.Fixed(jnp.arange(1.0, 9.0)))
+  assert flops(TopShards(mixture, 2), x, sigma) <= 2.1 * one
+  assert flops(mixture, x, sigma) > 7 * one
+
+
+def test_random_selection_draws_by_proportion_and_never_a_free_slot():
+  stacked = cdm_shards.with_capacity(shards(), 5)
+  x = jnp.zeros((2, 2, 2, 1))
+  run = jax.jit(lambda d, sigma: d(x, jnp.full(2, sigma)))
+  sigmas = np.linspace(1, 2, 400, dtype=np.float32)
+  for uniform, wanted in ((False, [0.5, 0.3, 0.2]), (True, [1 / 3] * 3)):
+    denoise = RandomShard(stacked, jax.random.key(1), uniform=uniform)
+    counts = np.zeros(3)
+    for sigma in sigmas:
+      apart = np.abs(np.array(of_members(stacked, sigma)) - float(run(denoise, sigma)[0, 0, 0, 0]))
+      assert apart.min() < 1e-5
+      counts[apart.argmin()] += 1
+    assert scipy.stats.chisquare(counts, 400 * np.array(wanted)).pvalue > 1e-3
+
+
+@jax.jit
+def of_members(stacked, sigma):
+  x = jnp.zeros((1, 2, 2, 1))
+  return [stacked.member(i)(x, jnp.full(1, sigma))[0, 0, 0, 0] for i in range(3)]
+
+
+def test_top_shards_are_the_mixture_of_the_largest():
+  stacked = shards()
+  x, sigma = noisy(stacked, 64)
+  fixed = weights.Fixed(jnp.array([1.0, 5.0, 3.0]))
+  found = TopShards(Mixture(stacked, fixed), 2)(x, sigma)
+  only = Mixture(stacked, fixed, allowed=jnp.array([False, True, True]))(x, sigma)
+  np.testing.assert_allclose(found, only, atol=1e-4)
+  of_each = Mixture(stacked, weights.Largest(fixed, 2))(x, sigma)
+  np.testing.assert_allclose(of_each, only, atol=1e-4)
+  everything = TopShards(Mixture(stacked, fixed), 3)(x, sigma)
+  np.testing.assert_allclose(everything, Mixture(stacked, fixed)(x, sigma), atol=1e-4)
+
+
+def sample(mixture, sampler, count=4096):
+  keys, noise = small(count)
+  state = mixture.start(count)
+  if state is None:
+    return jax.jit(sampler)(mixture, noise, keys), None
+  return jax.jit(lambda m, x, k: sampler(m, x, k, state=m.start(count)))(mixture, noise, keys)
+
+
+def share_of_shards(stacked, images):
+  """Of every shard, the share of images that are its own by the exact posterior."""
+  posterior = jax.nn.softmax(
+    stacked.log_prior[:, None] + LogDensities(stacked)(images, jnp.full(len(images), 1e-3)), 0
+  )
+  return np.asarray(jax.nn.one_hot(posterior.argmax(0), stacked.capacity).sum(0))
+
+
+@pytest.mark.computes
+def test_samples_have_the_proportions_and_the_density_of_the_data():
+  """Mean log-likelihood under the truth: of the data's own samples, of eq. 5, and of naive averaging, which is far off."""
+  stacked = shards()
+  sampler = euler_maruyama(1000, "vp:t_min=0.001")
+  truth, _ = samples_of_shards(stacked, jax.random.key(9), 4096)
+
+  def mean_log_density(images):
+    return float(log_density_of_all(stacked, images, jnp.full(len(images), 1e-3)).mean())
+
+  wanted = mean_log_density(truth)
+  for kind in (weights.Exact(LogDensities(stacked)), weights.AlongPath()):
+    images, _ = sample(Mixture(stacked, kind), sampler)
+    assert abs(mean_log_density(images) - wanted) < 0.2, kind
+    counts = share_of_shards(stacked, images)
+    assert scipy.stats.chisquare(counts, 4096 * np.array([0.5, 0.3, 0.2])).pvalue > 1e-3, kind
+  for kind in (weights.Equal(), weights.Prior()):
+    images, _ = sample(Mixture(stacked, kind), sampler)
+    assert mean_log_density(images) < wanted - 3, kind
+  images, _ = (
+    sample(RandomShard(stacked, jax.random.key(3), uniform=True), sampler)
+    if False
+    else (
+      jax.jit(sampler)(RandomShard(stacked, jax.random.key(3), uniform=True), *small(4096)[::-1]),
+      None,
+    )
+  )
+  assert mean_log_density(images) < wanted - 3
+
+
+@pytest.mark.computes
+@pytest.mark.parametrize("apart, tolerance", [(3.0, 1e-5), (0.5, 0.02)])
+def test_weights_along_a_path_are_those_of_the_densities(float64, apart, tolerance):
+  """Total variation to the exact weights along paths of 300 steps; and wrong where no noise is added."""
+  stacked = shards(apart, jnp.float64)
+  keys, noise = small(256)
+  noise = noise.astype(jnp.float64)
+  recorded = Recorded(Mixture(stacked, weights.AlongPath()))
+
+  def run(sampler):
+    paths = jax.jit(lambda m, x, k: sampler(m.mixture, x, k, state=m.mixture.start(256), trajectory=True))
+    states, _ = paths(recorded, noise, keys)
+    _, record = jax.jit(lambda m, x, k: sampler(m, x, k, state=m.start(256, sampler.num_steps)))(
+      recorded, noise, keys
+    )
+    np.testing.assert_allclose(record.sigma, sampler.sigmas, rtol=1e-6)
+    scale = sampler.table()["scale"] if hasattr(sampler, "process") else np.ones(sampler.num_steps)
+    starts = states[:-1] / scale[1:, None, None, None, None]
+    wanted = jnp.stack(
+      [
+        exact(stacked).look(x, jnp.full(256, s)).weights
+        for x, s in zip(starts, sampler.sigmas[1:], strict=True)
+      ]
+    )
+    return jnp.abs(record.weights[1:] - wanted).sum(1).mean() / 2
+
+  assert run(euler_maruyama(300, "vp:t_min=0.001")) < tolerance
+  if apart < 1:
+    assert run(AncestralSampler(300, 0.03, 80.0)) < tolerance
+    assert run(EDMSampler(100, 0.03, 80.0)) > 0.1
+
+
+def test_weights_along_a_path_want_a_path():
+  stacked = shards()
+  with pytest.raises(InputError, match="state=mixture.start"):
+    Mixture(stacked, weights.AlongPath())(jnp.ones((1, 2, 2, 1)), jnp.ones(1))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "noise", "gaussian"])
+def test_nearest_centroids_find_the_shard_at_small_noise(schedule):
+  stacked = shards()
+  x, sigma = noisy(stacked, 2048)
+  centroids = stacked.own["mean"]
+  nearest = weights.Nearest(
+    Flat(), centroids, 0.5, stacked.own["variance"][:, None].max(), normalise=False, schedule=schedule
+  )
+  wanted = exact(stacked).look(x, sigma).weights
+
+  def distance(kind, where):
+    found = Mixture(stacked, kind).look(x, sigma).weights
+    return float(jnp.abs(found - wanted).sum(0)[where].mean() / 2)
+
+  early = sigma < VP().sigma(0.2)
+  assert distance(nearest, early) < 0.02
+  everywhere = jnp.full(len(sigma), True)
+  assert distance(nearest, everywhere) < distance(weights.Prior(), everywhere)
+  assert distance(dataclasses.replace(nearest, warm_up=0.0), everywhere) == pytest.approx(
+    distance(weights.Prior(), everywhere), abs=1e-6
+  )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Flat:
+  """Pixels as features."""
+
+  def __call__(self, x):
+    return x.reshape(len(x), -1)
+
+
+def test_nearest_takes_the_weights_of_the_step_before():
+  """With `every` 2 the weights stay for two steps; a record of them shows it."""
+  stacked = shards()
+  keys, noise = small(8)
+  nearest = weights.Nearest(Flat(), stacked.own["mean"], 0.5, normalise=False, every=2)
+  recorded = Recorded(Mixture(stacked, nearest))
+  sampler = EDMSampler(9, solver="euler")
+  _, record = jax.jit(lambda x: sampler(recorded, x, state=recorded.start(8, 9)))(noise)
+  changes = jnp.abs(jnp.diff(record.weights, axis=0)).max((1, 2))
+  assert not changes[::2].any() and (changes[1::2] > 0).any()
+
+
+def test_bad_stacks_are_one_line():
+  stacked = shards()
+  own = jax.tree.map(lambda leaf: leaf[0], stacked.own)
+  with pytest.raises(InputError, match="do not fit 1 slots"):
+    cdm_shards.stack(stacked.common, [own, own], capacity=1)
+  with pytest.raises(InputError, match="positive proportion"):
+    cdm_shards.stack(stacked.common, [own], [0.0])
+  with pytest.raises(InputError, match="shard 1 has another network than shard 0: mean"):
+    cdm_shards.stack(stacked.common, [own, {**own, "mean": own["mean"][:2]}])
+  with pytest.raises(InputError, match="cannot have 2"):
+    cdm_shards.with_capacity(stacked, 2)
+  with pytest.raises(InputError, match="unknown impl"):
+    exact(stacked, impl="loop")
+  with pytest.raises(InputError, match="need all shards"):
+    TopShards(Mixture(stacked, weights.AlongPath()), 2)
+
+
+@pytest.mark.slow
+def test_eight_devices_with_a_shard_axis_give_the_same_samples():
+  one, eight = (answer(start("cdm_worker.py", devices)) for devices in (1, 8))
+  assert (one["devices"], eight["devices"]) == (1, 8)
+  assert eight["split"] == 4
+  for impl in ("map", "vmap", "shard_map"):
+    np.testing.assert_allclose(eight[impl], one["map"], atol=1e-6)
