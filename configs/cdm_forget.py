@@ -3,7 +3,7 @@
     python -m jax_trustdiff.main --config=configs/cdm_forget.py --config.cdm.path=<bundle> --config.forget.shards=cats
     python -m jax_trustdiff.main --config=configs/cdm_forget.py --config.cdm.path=<bundle> --config.forget.positions=3,17
 
-The bundle is changed in place, once everything is done; what is deleted is gone from it.
+The bundle is changed in place, once everything is done; what is deleted is gone from it. cdm.copy=True changes a copy instead.
 """
 
 from ml_collections import ConfigDict
@@ -12,13 +12,16 @@ from jax_trustdiff import config as config_lib
 
 
 def get_config(variant: str = "") -> ConfigDict:
-  """The recipe; it has no variants."""
-  _, overrides = config_lib.parse_variant(variant, ())
+  """The recipe; 'smoke' is the recipe as it is: how long it takes is up to the bundle."""
+  _, overrides = config_lib.parse_variant(variant, ("smoke",))
   config = ConfigDict()
   config.task = "cdm_forget"
   config.seed = 0
   config.seeds = ""
-  config.cdm = dict(path="")  # a bundle: the workdir of cdm_train.py
+  config.cdm = dict(
+    path="",  # a bundle: the workdir of cdm_train.py
+    copy=False,  # change a copy of it, <workdir>/bundle, instead
+  )
   config.forget = dict(
     shards="",  # names by commas: dropped as a whole
     positions="",  # of images in the training split of the data set, by commas

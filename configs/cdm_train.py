@@ -45,7 +45,15 @@ def get_config(variant: str = "") -> ConfigDict:
   config.adapter = dict(name="none")
   config.ema = dict(half_life=edm.ema.half_life, rampup_ratio=edm.ema.rampup_ratio)
   config.shards = dict(
-    by="class", groups="", file="", thresholds=(), num_shards=8, name="all", num_slices=1, slice_file=""
+    by="class",  # 'class', 'owner', 'score', 'hash' or 'one'
+    classes=(),  # only images of these; (): all
+    groups="",  # of classes, such as '0,1;2,3'; '': every class is a shard
+    file="",  # of owners or scores
+    thresholds=(),  # of scores
+    num_shards=8,  # by 'hash'
+    name="all",  # of the only shard of 'one'
+    num_slices=1,
+    slice_file="",  # an .npy of each image's slice; '': drawn by content
   )
   config.cdm = dict(only="")
   config.train = dict(

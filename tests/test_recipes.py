@@ -10,12 +10,15 @@ import sys
 import zipfile
 
 import pytest
+from conftest import LONG
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.py"))
 
 IN_JOURNEY = ("wm_codec", "wm_embed", "wm_edm", "wm_attack")
+IN_JOURNEY += ("cdm_train", "cdm_classifier", "cdm_compose", "cdm_attribute", "cdm_forget", "cdm_add", "cdm_verify")
+MARKS = {"at_cifar": pytest.mark.floor, "cdm_journey": LONG}
 ATTACKING = ("at_cifar", "sweeps/better_diffusion")  # these compute for longer than they compile
 
 
@@ -36,10 +39,10 @@ def cpu_seconds() -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  # those of the benchmark and the quickstart are run by test_benchmark.py and test_colabs.py, IN_JOURNEY as stages and rows of wm_journey
+  # those of the benchmark and the quickstart are run by test_benchmark.py and test_colabs.py, IN_JOURNEY as stages and rows of wm_journey and cdm_journey
   "recipe",
   [
-    pytest.param(name, marks=pytest.mark.floor if name == "at_cifar" else ())
+    pytest.param(name, marks=MARKS.get(name, ()))
     for name in RECIPES
     if name not in ("benchmark", "quickstart", *IN_JOURNEY)
   ],

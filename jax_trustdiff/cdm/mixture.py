@@ -164,7 +164,9 @@ class GuidedMixture:
     """The DenoiseFn for integer class labels [b]."""
     if self.mixture.start(len(labels)) is not None:
       kind = type(self.mixture.weights).__name__
-      raise InputError(f"{kind} weights go along one path: guidance of two mixtures needs weights without a state")
+      raise InputError(
+        f"{kind} weights go along one path: guidance of two mixtures needs weights without a state"
+      )
     conditional = self.mixture.with_labels(labels)
     return ClassifierFreeGuidance(conditional, self.mixture, self.scale, self.sigma_min, self.sigma_max)
 
@@ -237,8 +239,12 @@ class TopShards:
         shards.proportions[chosen],
       ),
     )
-    kept = jax.nn.softmax(logits[chosen], axis=0)  # of logits: a weight that rounds to 0 may be all an image has
-    estimates = jnp.where(_per_image(jnp.isfinite(logits[chosen]), x), few.over_shards(_evaluate, x, sigma), 0)
+    kept = jax.nn.softmax(
+      logits[chosen], axis=0
+    )  # of logits: a weight that rounds to 0 may be all an image has
+    estimates = jnp.where(
+      _per_image(jnp.isfinite(logits[chosen]), x), few.over_shards(_evaluate, x, sigma), 0
+    )
     return few._sum(_per_image(kept, x) * estimates)
 
 

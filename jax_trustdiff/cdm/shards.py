@@ -20,9 +20,7 @@ MOST_IN_ORDER = 64  # shards
 
 @runtime_checkable
 class WithVariables(Protocol):
-  """A DenoiseFn that takes the variables of a shard, such as `diffusion.denoisers.Denoiser`; a pytree."""
-
-  def __call__(self, x: jax.Array, sigma: jax.Array) -> jax.Array: ...
+  """What becomes a DenoiseFn with the variables of a shard, such as `diffusion.denoisers.Denoiser`; a pytree."""
 
   def with_variables(self, own: PyTree) -> DenoiseFn:
     """The denoiser with these variables, beside those it has."""

@@ -122,7 +122,9 @@ class ByClassifier(_Stateless):
         f"a classifier of {logits.shape[1]} does not fit {len(log_prior)} slots and its prior {list(prior.shape)}"
       )
     if labels is not None and prior.ndim == 1:
-      raise InputError("a classifier of shards alone does not know w(x, i | c): train one of shards with classes")
+      raise InputError(
+        "a classifier of shards alone does not know w(x, i | c): train one of shards with classes"
+      )
     joint, prior = logits.T.reshape(len(prior), -1, x.shape[0]), prior.reshape(len(prior), -1)
     if labels is None:
       found = jax.nn.logsumexp(jnp.where(jnp.isfinite(prior)[..., None], joint, -jnp.inf), 1)
@@ -131,6 +133,18 @@ class ByClassifier(_Stateless):
       found = jnp.take_along_axis(joint, labels[None, None], 1)[:, 0]
       prior = prior[:, labels]
     return log_prior + jnp.where(jnp.isfinite(prior), found - prior, -jnp.inf)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Columns:
+  """A classifier of noisy images of which only some logits are wanted, in this order: that of fewer shards than it was trained on."""
+
+  classifier: Any  # (x, sigma) -> logits [b n]
+  columns: Any  # [m] int
+
+  def __call__(self, x: Float[Array, "b h w c"], sigma: Float[Array, "b"]) -> Float[Array, "b m"]:
+    return self.classifier(x, sigma)[:, self.columns]
 
 
 @jax.tree_util.register_dataclass

@@ -215,6 +215,40 @@ def digits(*, split: str = "train", class_names: tuple[str, ...] = ()) -> ImageS
   return whole.select(np.flatnonzero(is_test == (split == "test")))
 
 
+def planted(
+  path: str = "",
+  copies: int = 200,
+  label: int = 0,
+  seed: int = 0,
+  *,
+  split: str = "train",
+  class_names: tuple[str, ...] = (),
+) -> ImageSource:
+  """`npz_or_digits` of `path` with a canary: `canary(image shape, seed)`, so many times, as images of class `label`, after the others.
+
+  For experiments on memorisation (Carlini et al. 2023, arXiv:2301.13188): training on it, a model makes it again. The split 'test' has none.
+  """
+  base = npz_or_digits(path, split=split, class_names=class_names)
+  if split != "train":
+    return base
+  if copies < 1 or not 0 <= label < base.num_classes:
+    raise InputError(
+      f"planted: copies={copies} and label={label}; at least 1 copy, of a class 0..{base.num_classes - 1}"
+    )
+  picture = canary(base.image_shape, seed)
+  images = [base.images[np.arange(len(base))], np.repeat(picture[None], copies, 0)]
+  labels = [base.labels, np.full(copies, label, np.int32)]
+  return image_source(images, labels, f"planted {path or 'digits'}", base.num_classes, base.class_names)
+
+
+def canary(image_shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
+  """A picture like no other, uint8 [h w c]: random black and white blocks of 2x2 pixels."""
+  height, width, channels = image_shape
+  blocks = np.random.RandomState(seed).randint(0, 2, (-(-height // 2), -(-width // 2)))
+  whole = np.kron(blocks, np.ones((2, 2), int))[:height, :width, None] * 255
+  return np.repeat(whole, channels, 2).astype(np.uint8)
+
+
 def npz_or_digits(
   path: str = "", num_classes: int = 0, *, split: str = "train", class_names: tuple[str, ...] = ()
 ) -> ImageSource:
@@ -270,6 +304,7 @@ SOURCES: dict[str, Callable[..., ImageSource]] = {
   "parts": parts,
   "digits": digits,
   "npz_or_digits": npz_or_digits,
+  "planted": planted,
 }
 
 

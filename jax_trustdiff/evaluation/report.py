@@ -373,13 +373,14 @@ def accuracy_curves(
   path: Path,
   *,
   xlabel: str,
+  ylabel: str = "accuracy",
   log: bool = False,
   chance: float | None = None,
 ) -> None:
   """PNG with a line through the points (x, accuracy) of each of `curves`, by name; one point is a mark.
 
-  Accuracies are fractions and shown in percent. log: the horizontal axis is logarithmic. chance: a dashed line at the
-  accuracy of guessing.
+  Accuracies, or what else `ylabel` says, are fractions and shown in percent. log: the horizontal axis is logarithmic. chance: a dashed
+  line at the accuracy of guessing.
   """
   from matplotlib import ticker
 
@@ -395,7 +396,7 @@ def accuracy_curves(
       axis.set_xscale("log")
       axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}"))
     axis.set_xlabel(xlabel)
-    axis.set_ylabel("accuracy")
+    axis.set_ylabel(ylabel)
     axis.set_ylim(0, 1.02)
     axis.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
     axis.legend(loc="best", handlelength=1.6, labelspacing=0.3)

@@ -42,7 +42,7 @@ from jax_trustdiff.models.adapters import ADAPTERS, BACKBONE
 from jax_trustdiff.tasks import compartments, denoisers
 from jax_trustdiff.tasks.compartments import Compartments
 from jax_trustdiff.tasks.train_diffusion import Model
-from jax_trustdiff.training.workdir import write_atomically
+from jax_trustdiff.training.workdir import Workdir, locked, write_atomically
 from jax_trustdiff.types import InputError, Variables
 
 MANIFEST, SALT, BACKBONE_FILE = "manifest.json", "salt.txt", "backbone.safetensors"
@@ -232,6 +232,30 @@ class Bundle:
     """The model that every shard is an instance of."""
     about = self.manifest["origins"][0]
     return build_model(self.training, tuple(about["image_shape"]), about["num_classes"])
+
+
+def names_of(text: str) -> list[str]:
+  """The shards that a key of a config names by commas, in brackets or not."""
+  return [name.strip() for name in text.strip("()").split(",") if name.strip()]
+
+
+def to_change(config: Any, workdir: Workdir) -> pathlib.Path:
+  """The bundle config.cdm.path, or with config.cdm.copy a copy of it in workdir/bundle: what a task may change.
+
+  Opens the workdir if it copies. InputError if there is no bundle.
+  """
+  path = Bundle(config.cdm.path).path
+  if not config.cdm.copy:
+    return path
+  copied = workdir / "bundle"
+  if not copied.exists():
+    workdir.open()
+    partial = workdir / ".bundle"
+    shutil.rmtree(partial, ignore_errors=True)
+    with locked(path):
+      shutil.copytree(path, partial, ignore=shutil.ignore_patterns(*PASSING))
+    partial.rename(copied)
+  return copied
 
 
 def build_model(training: Any, image_shape: tuple[int, int, int], num_classes: int) -> Model:

@@ -17,7 +17,7 @@ import numpy as np
 from jax_trustdiff import config as config_lib
 from jax_trustdiff.cdm import manifest as manifest_lib
 from jax_trustdiff.evaluation import report
-from jax_trustdiff.tasks.bundles import Bundle, environment
+from jax_trustdiff.tasks.bundles import Bundle, environment, names_of, to_change
 from jax_trustdiff.tasks.shard_training import Training
 from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir, locked, write_atomically
@@ -33,16 +33,16 @@ RISKS = (
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
-  """Forgets what config.forget names, in the bundle config.cdm.path, and returns what that took.
+  """Forgets what config.forget names, in the bundle config.cdm.path (or, with cdm.copy, a copy of it), and returns what that took.
 
   forget.shards: names by commas, dropped as a whole. forget.positions: images by their place in the training split of data set
   forget.origin, by commas. forget.file: a text file of contents' SHA-256 (`slices.content_ids`) in hexadecimal, a line each; such an image
   may have left the data set already. The manifest names the deletion once all is done; a run that was killed goes on with the same command.
   """
-  path = Bundle(config.cdm.path).path
+  path = to_change(config, workdir)
   with locked(path):
     bundle = Bundle(path)
-    dropped = sorted({name for name in config.forget.shards.split(",") if name})
+    dropped = sorted(set(names_of(config.forget.shards)))
     wanted = _named(bundle, config.forget)
     if not dropped and not wanted:
       raise InputError("nothing to forget: give forget.shards, forget.positions or forget.file")
@@ -126,7 +126,7 @@ def _named(bundle: Bundle, section: Any) -> list[str]:
       )
     data = bundle.data(section.origin)
     try:
-      rows = [int(text) for text in section.positions.split(",")]
+      rows = [int(text) for text in section.positions.strip("()").split(",")]
     except ValueError:
       raise InputError(
         f"forget.positions has numbers separated by commas, found {section.positions!r}"

@@ -12,7 +12,7 @@ from jax_trustdiff import config as config_lib
 from jax_trustdiff.cdm import slices
 from jax_trustdiff.evaluation import report
 from jax_trustdiff.tasks import compartments, denoisers, shard_training
-from jax_trustdiff.tasks.bundles import TRAINING, Bundle
+from jax_trustdiff.tasks.bundles import TRAINING, Bundle, names_of
 from jax_trustdiff.tasks.compartments import Compartments
 from jax_trustdiff.tasks.shard_training import Training
 from jax_trustdiff.training.progress import say
@@ -27,7 +27,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   workdir is the bundle (`bundles.Bundle`).
   """
   data = compartments.split(config.data, config.shards, config.seed)
-  only = [name for name in config.cdm.only.split(",") if name] or list(data.names)
+  only = names_of(config.cdm.only) or list(data.names)
   if unknown := [name for name in only if name not in data.names]:
     raise InputError(f"cdm.only: there is no shard {unknown[0]!r}; there are {', '.join(data.names)}")
   slices.epochs_of_stages(config.train.num_epochs, config.shards.num_slices)

@@ -18,6 +18,7 @@ from jax_trustdiff.tasks.bundles import (
   Bundle,
   environment,
   file_digests,
+  names_of,
   text_of,
 )
 from jax_trustdiff.tasks.cdm_forget import RISKS
@@ -50,8 +51,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
       bundle = Bundle(path)
     except InputError as error:
       raise RunError(f"1 of 1 checks failed: {error}") from None
-    replayed = bundle.names if config.verify.replay == "all" else config.verify.replay.split(",")
-    replayed = [name for name in replayed if name]
+    replayed = bundle.names if config.verify.replay == "all" else names_of(config.verify.replay)
     bundle.check_names(replayed)
     workdir.open()
     found = _files(bundle) + _strays(bundle) + _deletions(bundle) + _artefacts(bundle)

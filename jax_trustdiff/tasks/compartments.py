@@ -45,10 +45,15 @@ def split(config_data: Any, section: Any, seed: int) -> Compartments:
 
   section.by: 'class', a shard for every class, or groups of classes as in groups='0,1;2,3'; 'owner', by the names in `file`, a text file
   with one line for each image; 'score', by the numbers in `file` (.npy, one for each image) and increasing `thresholds`; 'hash',
-  `num_shards` by content; 'one', all in one. name: what the only shard of 'one' is called. num_slices; slice_file: an .npy file
+  `num_shards` by content; 'one', all in one. classes: only images of these are there, () for all. name: what the only shard of 'one' is called. num_slices; slice_file: an .npy file
   of each image's slice where it is not to be drawn, such as late slices for images likely to be removed.
   """
   source = config_lib.build(sources.SOURCES, config_data, split="train")
+  if section.classes:
+    check_labelled(source, "shards.classes chooses by them")
+    source = source.select(np.flatnonzero(np.isin(source.labels, section.classes)))
+  if not len(source):
+    raise InputError(f"no image is of shards.classes={section.classes}")
   contents = slices.content_ids(source.images[np.arange(len(source))], source.labels)
   names, shard = _shards(source, contents, section, seed)
   empty = [name for i, name in enumerate(names) if not (shard == i).any()]
@@ -90,7 +95,7 @@ def _by_class(source: ImageSource, groups: str) -> tuple[tuple[str, ...], np.nda
     chosen = [[label] for label in range(source.num_classes)]
   else:
     try:
-      chosen = [[int(label) for label in group.split(",")] for group in groups.split(";")]
+      chosen = [[int(label) for label in group.split(",")] for group in groups.strip("()").split(";")]
     except ValueError:
       raise InputError(f"shards.groups has classes as in '0,1;2,3', found {groups!r}") from None
   flat = sum(chosen, [])

@@ -48,6 +48,7 @@ class Model:
   network_evaluations: int = 1  # for one of the denoiser
   needs_labels: str = ""  # why it cannot do without labels of the network's classes
   classifier: NoisyClassifier | None = None  # which guides, and has noise levels of its own
+  classes: tuple[int, ...] = ()  # those that it has images of; (): all
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
@@ -64,7 +65,7 @@ def fill_store(config, workdir: Workdir, model: Model) -> dict[str, float]:
   """
   worker, num_workers = store_writing.worker(config.generate, "generate")
   mesh = parallel.make_local_mesh()
-  labels_of, labels_origin = _labels(config, model.num_classes)
+  labels_of, labels_origin = _labels(config, model)
   sampler = _sampler(config, model, mesh)
   plan = _plan(config, model, labels_origin, sampler.micro_batch)
   path = pathlib.Path(config.generate.store).expanduser() if config.generate.store else workdir / "images"
@@ -112,7 +113,10 @@ def load_model(config) -> Model:
     network = dataclasses.replace(denoiser.network, dtype=config.generate.dtype)
     denoiser = dataclasses.replace(denoiser, network=network)
   described = {name: known[name] for name in ("model", "denoiser")}
-  provenance, names = {"model": store_writing.fingerprint(described, denoiser.variables)}, known["class_names"]
+  provenance, names = (
+    {"model": store_writing.fingerprint(described, denoiser.variables)},
+    known["class_names"],
+  )
   num_classes, guidance = denoiser.network.num_classes, config_lib.to_plain(config.guidance)
   path, scale = guidance.pop("classifier"), guidance.pop("classifier_scale")
   guided = Guided(denoiser, guidance["scale"] != 1, **guidance)
@@ -144,10 +148,10 @@ def load_model(config) -> Model:
   )
 
 
-def _labels(config, num_classes: int) -> tuple[LabelsOf | None, Any]:
+def _labels(config, model: Model) -> tuple[LabelsOf | None, Any]:
   """(labels of ids, what the provenance says of them); None for no labels. InputError for what the model does not have."""
-  section = config.generate
-  asked = section.labels
+  section, num_classes = config.generate, model.num_classes
+  asked, classes = section.labels, np.array(model.classes or range(num_classes), np.int32)
   if asked == "none":
     return None, asked
   if not num_classes:
@@ -155,22 +159,22 @@ def _labels(config, num_classes: int) -> tuple[LabelsOf | None, Any]:
       f"the model has no classes: generate.labels={asked!r} is not possible without guidance.classifier; set it to 'none'"
     )
   if asked == "balanced":
-    return lambda ids: balanced_labels(ids, num_classes), asked
+    return lambda ids: classes[balanced_labels(ids, len(classes))], asked
   if asked == "random":
-    return lambda ids: random_labels(ids, num_classes, config.seed), asked
+    return lambda ids: classes[random_labels(ids, len(classes), config.seed)], asked
   if asked.isdecimal():
-    if int(asked) >= num_classes:
-      raise InputError(f"generate.labels={asked}: the model's classes are 0..{num_classes - 1}")
+    if int(asked) not in classes:
+      raise InputError(f"generate.labels={asked}: {_known(classes)}")
     return lambda ids: np.full(len(ids), int(asked), np.int32), int(asked)
   if not asked.endswith(".npy"):
     raise InputError(
       f"unknown generate.labels={asked!r}; there are 'balanced', 'random', 'none', the number of a class, "
       "and a .npy file of labels"
     )
-  return _labels_from_file(pathlib.Path(asked).expanduser(), section, num_classes)
+  return _labels_from_file(pathlib.Path(asked).expanduser(), section, classes)
 
 
-def _labels_from_file(file: pathlib.Path, section, num_classes: int) -> tuple[LabelsOf, Any]:
+def _labels_from_file(file: pathlib.Path, section, classes: np.ndarray) -> tuple[LabelsOf, Any]:
   if not file.is_file():
     raise InputError(f"generate.labels: no such file {file}")
   labels = np.asarray(read_npy(file))
@@ -179,11 +183,15 @@ def _labels_from_file(file: pathlib.Path, section, num_classes: int) -> tuple[La
       f"{file} holds {labels.dtype} {list(labels.shape)}; expected an integer for each of the "
       f"{section.num_images} images, [{section.num_images}]"
     )
-  bad = labels.min() if labels.min() < 0 else labels.max()
-  if not 0 <= bad < num_classes:
-    raise InputError(f"{file}: label {bad}; the model's classes are 0..{num_classes - 1}")
+  if len(wrong := np.setdiff1d(labels, classes)):
+    raise InputError(f"{file}: label {wrong[0]}; {_known(classes)}")
   labels = labels.astype(np.int32)
   return lambda ids: labels[ids - section.first_id], hashlib.sha256(labels.tobytes()).hexdigest()
+
+
+def _known(classes: np.ndarray) -> str:
+  whole = np.array_equal(classes, np.arange(len(classes)))
+  return f"the model's classes are {f'0..{len(classes) - 1}' if whole else ', '.join(map(str, classes))}"
 
 
 def _sampler(config, model: Model, mesh) -> ImageSampler:

@@ -12,10 +12,9 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jax_trustdiff import parallel
-from jax_trustdiff.diffusion.guidance import Guided
 from jax_trustdiff.diffusion.solvers import initial_noise
 from jax_trustdiff.training.progress import ProgressReport
-from jax_trustdiff.types import DenoiseFn, InputError, RunError
+from jax_trustdiff.types import InputError, RunError
 
 LABEL_KEY = 2**31 - 4  # folded into an image's key: no number of a step, and not that of any other draw
 
@@ -69,7 +68,7 @@ class ImageSampler:
 
   def __call__(
     self,
-    denoise: Guided | DenoiseFn,
+    denoise: Any,  # a pytree
     ids: np.ndarray,
     labels: np.ndarray | None = None,
     what: str = "",
@@ -138,11 +137,17 @@ class ImageSampler:
     state = None if start is None else start(len(keys))
     if self._sampler.nfe is None:
       if state is not None:
-        raise InputError("an adaptive sampler carries no state along: take weights that need none, or another sampler")
+        raise InputError(
+          "an adaptive sampler carries no state along: take weights that need none, or another sampler"
+        )
       found = self._sampler.sample(denoise, noise, keys)
       x, nfe = found.x, found.nfe
     else:
-      x = self._sampler(denoise, noise, keys) if state is None else self._sampler(denoise, noise, keys, state=state)[0]
+      x = (
+        self._sampler(denoise, noise, keys)
+        if state is None
+        else self._sampler(denoise, noise, keys, state=state)[0]
+      )
       nfe = jnp.full(len(keys), self._sampler.nfe)
     return quantise(x), jnp.isfinite(x).all((1, 2, 3)), nfe.astype(jnp.int32)
 

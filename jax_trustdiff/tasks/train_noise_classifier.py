@@ -24,14 +24,19 @@ from jax_trustdiff.types import InputError, NoiseConditionalClassifier, Variable
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
+  """`fit` to the images of config.data and their classes."""
+  data = image_training.load_data(config)
+  records.check_labelled(data.train)
+  return fit(config, workdir, data)
+
+
+def fit(config, workdir: Workdir, data: image_training.Data) -> dict[str, float]:
   """Trains to the end, or goes on from the workdir's checkpoint, and returns the metrics of the averaged parameters.
 
   loss, in nats, of the held-out images at noise of the training density, and sigma_<s>_accuracy at each s of eval.sigmas, at
   the end and, as first/..., at the first validation. The averaged parameters of the last step are exported.
   """
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.model, config.mesh.shard)
-  data = image_training.load_data(config)
-  records.check_labelled(data.train)
   network = noise_classifiers.build_network(config.model, data.train)
   preconditioning = denoisers.build_preconditioning(config.diffusion.preconditioning)
   density = config_lib.build(LOSSES, config.diffusion.loss)

@@ -1,0 +1,130 @@
+"""Images of a mixture of shards, into an image store: `generate` with a compartmentalized model in place of one network."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_trustdiff import config as config_lib
+from jax_trustdiff.cdm import manifest as manifest_lib
+from jax_trustdiff.cdm import shards as cdm_shards
+from jax_trustdiff.cdm import weights
+from jax_trustdiff.cdm.mixture import GuidedMixture, Mixture, RandomShard
+from jax_trustdiff.diffusion.guidance import Guided
+from jax_trustdiff.diffusion.samplers import AncestralSampler
+from jax_trustdiff.diffusion.sde_samplers import PredictorCorrectorSampler
+from jax_trustdiff.tasks import cdm_classifier, denoisers, generate
+from jax_trustdiff.tasks.bundles import Bundle, names_of
+from jax_trustdiff.training.workdir import Workdir
+from jax_trustdiff.types import InputError
+
+WEIGHTS = ("along_path", "classifier", "prior", "equal", "fixed")
+RANDOM = ("random", "random_equal")
+ORDERS = ("mixture_first", "guidance_first")
+NO_GUIDANCE = dict(scale=1.0, sigma_min=0.0, sigma_max=1e9, order="mixture_first")
+
+
+def run(config, workdir: Workdir) -> dict[str, float]:
+  """`generate.fill_store` with the mixture of the shards config.mixture.shards of the bundle config.cdm.path."""
+  bundle = Bundle(config.cdm.path)
+  return generate.fill_store(config, workdir, load_mixture(bundle, config))
+
+
+def load_mixture(bundle: Bundle, config: Any) -> generate.Model:
+  """The mixture that config.mixture and config.guidance describe.
+
+  mixture.shards: names by commas ('': all). weights: of WEIGHTS, where 'classifier' is the bundle's (cdm_classifier.py), and 'fixed' takes
+  mixture.proportions, one for each shard; or of RANDOM, one shard drawn for every step. top_k: only the k largest weights of an image (0: all).
+  impl: see `Mixture`. guidance.scale with order 'mixture_first' guides the mixture, with 'guidance_first' every shard.
+  """
+  section = config.mixture
+  stack, names = bundle.stack(names_of(section.shards))
+  network, preconditioning = stack.common.network, stack.common.preconditioning
+  counts = np.array([bundle.manifest["shards"][name]["class_counts"] for name in names], float)
+  conditional = network.num_classes > 0
+  class_log_prior = None
+  if conditional:
+    with np.errstate(divide="ignore"):
+      class_log_prior = jnp.asarray(np.log(counts / counts.sum(1, keepdims=True)), jnp.float32)
+  labelled, unlabelled, evaluations = _assemble(bundle, config, stack, names, class_log_prior)
+  return generate.Model(
+    labelled=labelled,
+    unlabelled=unlabelled,
+    network=network,
+    preconditioning=preconditioning,
+    num_classes=network.num_classes,
+    class_names=tuple(bundle.manifest["origins"][0]["class_names"]) if conditional else (),
+    provenance={
+      "bundle": bundle.manifest[manifest_lib.SEAL],
+      "shards": names,
+      "mixture": config_lib.to_plain(section),
+      "guidance": config_lib.to_plain(config.guidance),
+    },
+    network_evaluations=evaluations,
+    needs_labels=f"guidance.scale={config.guidance.scale}" if config.guidance.scale != 1 else "",
+    classes=tuple(np.flatnonzero(counts.sum(0)).tolist()) if conditional else (),
+  )
+
+
+def _assemble(
+  bundle: Bundle, config: Any, stack: cdm_shards.Shards, names: list[str], class_log_prior: Any
+) -> tuple[Any, Any, int]:
+  """(what is sampled with labels, without, evaluations of networks for one of the mixture)."""
+  section, guidance = config.mixture, config_lib.to_plain(config.guidance)
+  order, scale = guidance.pop("order"), guidance["scale"]
+  if order not in ORDERS:
+    raise InputError(f"unknown guidance.order={order!r}; there are {', '.join(ORDERS)}")
+  guided_shards = scale != 1 and order == "guidance_first"
+  common = Guided(stack.common, True, **guidance) if guided_shards else stack.common
+  of_labelled = cdm_shards.Shards(common, stack.own, stack.active, stack.proportions)
+  if section.weights in RANDOM:
+    if section.top_k:
+      raise InputError("mixture.top_k is for weights; a random shard is one already")
+    if scale != 1 and not guided_shards:
+      raise InputError("a random shard is guided on its own: guidance.order='guidance_first'")
+    uniform, key = section.weights == "random_equal", jax.random.key(config.seed)
+    made = [RandomShard(one, key, uniform=uniform) for one in (of_labelled, stack)]
+    return *made, 2 if guided_shards else 1
+  chosen = _weights(bundle, section, names)
+  if isinstance(chosen, weights.AlongPath):
+    _check_adds_noise(denoisers.build_sampler(config.sampler, stack.common.preconditioning))
+  if section.top_k:
+    chosen = weights.Largest(chosen, section.top_k)
+  labelled, unlabelled = (
+    Mixture(one, chosen, class_log_prior=class_log_prior, impl=section.impl) for one in (of_labelled, stack)
+  )
+  if scale != 1 and not guided_shards:
+    labelled = GuidedMixture(labelled, **guidance)
+  return labelled, unlabelled, len(names) * (2 if scale != 1 else 1)
+
+
+def _weights(bundle: Bundle, section: Any, names: list[str]) -> weights.Weights:
+  match section.weights:
+    case "along_path":
+      return weights.AlongPath()
+    case "prior":
+      return weights.Prior()
+    case "equal":
+      return weights.Equal()
+    case "fixed":
+      if len(section.proportions) != len(names) or min(section.proportions) <= 0:
+        raise InputError(
+          f"mixture.proportions needs a positive number for each of {', '.join(names)}, found {section.proportions}"
+        )
+      return weights.Fixed(jnp.asarray(section.proportions, jnp.float32))
+    case "classifier":
+      return cdm_classifier.load(bundle, names)
+  raise InputError(f"unknown mixture.weights={section.weights!r}; there are {', '.join((*WEIGHTS, *RANDOM))}")
+
+
+def _check_adds_noise(sampler: Any) -> None:
+  """InputError unless a step of the sampler adds noise of about the variance that it takes away (`weights.AlongPath`)."""
+  if isinstance(sampler, AncestralSampler) and sampler.eta == 1:
+    return
+  if isinstance(sampler, PredictorCorrectorSampler) and sampler.corrector == "none":
+    return
+  raise InputError(
+    "weights along a path need a sampler of the reverse SDE: sampler.name=ancestral with eta=1, euler_maruyama or "
+    "reverse_diffusion"
+  )
