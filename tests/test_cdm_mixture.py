@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from conftest import LONG
 from workers import answer, start
 from worlds import GaussianMixture, LogDensities, log_density_of_all, samples_of_shards, shards, small
 
@@ -353,6 +354,7 @@ def share_of_shards(stacked, images):
 
 
 @pytest.mark.computes
+@LONG
 def test_samples_have_the_proportions_and_the_density_of_the_data():
   """Mean log-likelihood under the truth: of the data's own samples, of eq. 5, and of naive averaging, which is far off."""
   stacked = shards()
@@ -384,6 +386,7 @@ def test_samples_have_the_proportions_and_the_density_of_the_data():
 
 @pytest.mark.computes
 @pytest.mark.parametrize("apart, tolerance", [(3.0, 1e-5), (0.5, 0.02)])
+@LONG
 def test_weights_along_a_path_are_those_of_the_densities(float64, apart, tolerance):
   """Total variation to the exact weights along paths of 300 steps; and wrong where no noise is added."""
   stacked = shards(apart, jnp.float64)
@@ -414,6 +417,7 @@ def test_weights_along_a_path_are_those_of_the_densities(float64, apart, toleran
     assert run(EDMSampler(100, 0.03, 80.0)) > 0.1
 
 
+@LONG
 def test_weights_along_a_path_want_a_path():
   stacked = shards()
   with pytest.raises(InputError, match="state=mixture.start"):
@@ -421,6 +425,7 @@ def test_weights_along_a_path_want_a_path():
 
 
 @pytest.mark.parametrize("schedule", ["constant", "noise", "gaussian"])
+@LONG
 def test_nearest_centroids_find_the_shard_at_small_noise(schedule):
   stacked = shards()
   x, sigma = noisy(stacked, 2048)
@@ -452,6 +457,7 @@ class Flat:
     return x.reshape(len(x), -1)
 
 
+@LONG
 def test_nearest_takes_the_weights_of_the_step_before():
   """With `every` 2 the weights stay for two steps; a record of them shows it."""
   stacked = shards()
@@ -482,6 +488,7 @@ def test_bad_stacks_are_one_line():
 
 
 @pytest.mark.slow
+@LONG
 def test_eight_devices_with_a_shard_axis_give_the_same_samples():
   one, eight = (answer(start("cdm_worker.py", devices)) for devices in (1, 8))
   assert (one["devices"], eight["devices"]) == (1, 8)
