@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jax_trustdiff.cdm.mixture import Mixture
+from jax_trustdiff.cdm.shards import inner, per_image
 from jax_trustdiff.diffusion.adaptive import AdaptiveODESampler
-from jax_trustdiff.diffusion.likelihood import PROBES
+from jax_trustdiff.diffusion.likelihood import PROBES, draw_probes, follow_up
 from jax_trustdiff.diffusion.processes import VP, Process
 from jax_trustdiff.diffusion.samplers import EDMSampler
 from jax_trustdiff.types import InputError, PerExample, Sigma, Signed
@@ -85,13 +86,7 @@ class PathCredit:
     start = jnp.concatenate(
       [x.reshape(batch, 1, 1, size), jnp.zeros((batch, 1, 1, 2 * capacity), x.dtype)], -1
     )
-    end = self.solver.invert(flow, start)
-    if isinstance(self.solver, EDMSampler):
-      nfe = jnp.full(batch, self.solver.nfe - 1, jnp.int32)
-      sigma_max, sigma_min = (float(sigma) for sigma in self.solver.sigmas[[0, -1]])
-    else:
-      end, nfe = end.x, end.nfe
-      sigma_max, sigma_min = self.solver.sigma_max, self.solver.sigma_min
+    end, nfe, sigma_min, sigma_max = follow_up(self.solver, flow, start)
     z, rest = end[:, 0, 0, :size], end[:, 0, 0, size:].T * sigma_max
     parts, times = rest[:capacity] * size, rest[capacity:]
     high = sigma_max**2 + self.data_std**2
@@ -113,13 +108,7 @@ class PathCredit:
       size = math.prod(x.shape[1:])
       basis = math.sqrt(size) * jnp.eye(size, dtype=x.dtype).reshape(size, 1, *x.shape[1:])
       return jnp.broadcast_to(basis, (size, *x.shape))
-    if keys is None:
-      raise InputError("PathCredit: trace 'hutchinson' draws probes: it needs a key for each image")
-
-    def one(number, key):
-      return PROBES[self.probe](jax.random.fold_in(key, number), x.shape[1:], x.dtype)
-
-    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(jnp.arange(self.num_probes), keys)
+    return draw_probes("PathCredit", self.probe, self.num_probes, x, keys)
 
 
 @jax.tree_util.register_dataclass
@@ -151,20 +140,20 @@ class _CreditFlow:
 
     def of_shard(member, x, sigma):
       found, pull_back = jax.vjp(lambda x: member(x, sigma).astype(x.dtype), x)
-      traces = jax.lax.map(lambda v: _inner(v, pull_back(v)[0]), self.probes)
+      traces = jax.lax.map(lambda v: inner(v, pull_back(v)[0]), self.probes)
       return found, traces.mean(0)
 
     estimates, traces = mixture.over_shards(of_shard, x, sigma)
     possible = jnp.isfinite(mixture.log_prior(x.shape[0]))
-    estimates = jnp.where(possible[..., None, None, None], estimates, 0)
+    estimates = jnp.where(per_image(possible, x), estimates, 0)
     traces = jnp.where(possible, traces, 0)
     weights, pull_back = jax.vjp(lambda x: mixture.weigh(x, sigma, None), x)
-    found = (weights[..., None, None, None] * estimates).sum(0)
+    found = (per_image(weights, x) * estimates).sum(0)
     if self.gradient == "posterior":
-      along = weights * _inner(estimates - found, estimates - x) / jnp.square(sigma)
+      along = weights * inner(estimates - found, estimates - x) / jnp.square(sigma)
     else:
       rows = jnp.eye(len(weights), dtype=weights.dtype)[:, :, None] * jnp.ones_like(weights)
-      along = _inner(jax.lax.map(lambda row: pull_back(row)[0], rows), estimates - x)
+      along = inner(jax.lax.map(lambda row: pull_back(row)[0], rows), estimates - x)
     return found, weights, weights * (traces - size) + along
 
 
@@ -210,8 +199,3 @@ def mixture_posterior(mixture: Mixture, log_densities: Float[Array, "s b"]) -> F
 def over_data_set(credit: Float[Array, "s n"]) -> tuple[PerExample, PerExample]:
   """(mean, standard error of the mean) over images of each shard's credit."""
   return credit.mean(1), credit.std(1, ddof=1) / math.sqrt(credit.shape[1])
-
-
-def _inner(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Inner product of images over their last three axes."""
-  return (a * b).sum((-3, -2, -1))

@@ -16,7 +16,7 @@ import numpy as np
 from jax_trustdiff.types import InputError, PyTree
 
 SEAL = "sha256"
-ACTIVE, RETIRED, STALE = "active", "retired", "stale"
+ACTIVE, STALE = "active", "stale"
 
 
 def canonical(value: Any) -> str:

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from jax_trustdiff.cdm.shards import Shards, log_normalised, sum_over_shards
+from jax_trustdiff.cdm.shards import Shards, log_normalised, per_image, sum_over_shards
 from jax_trustdiff.cdm.weights import Weights
 from jax_trustdiff.diffusion.guidance import ClassifierFreeGuidance
 from jax_trustdiff.diffusion.solvers import Point
@@ -83,9 +83,9 @@ class Mixture:
     log_prior = self.log_prior(x.shape[0])
     possible = jnp.isfinite(log_prior)
     # a free slot may hold anything, and 0 times NaN is NaN
-    estimates = jnp.where(_per_image(possible, x), self.over_shards(_evaluate, x, sigma), 0)
+    estimates = jnp.where(per_image(possible, x), self.over_shards(_evaluate, x, sigma), 0)
     weights = self.weigh(x, sigma, estimates, state)
-    return Seen(estimates, self._sum(_per_image(weights, x) * estimates), weights)
+    return Seen(estimates, self._sum(per_image(weights, x) * estimates), weights)
 
   def weigh(
     self, x: Float[Array, "b h w c"], sigma: Sigma, estimates: Any, state: PyTree = None
@@ -242,10 +242,8 @@ class TopShards:
     kept = jax.nn.softmax(
       logits[chosen], axis=0
     )  # of logits: a weight that rounds to 0 may be all an image has
-    estimates = jnp.where(
-      _per_image(jnp.isfinite(logits[chosen]), x), few.over_shards(_evaluate, x, sigma), 0
-    )
-    return few._sum(_per_image(kept, x) * estimates)
+    estimates = jnp.where(per_image(jnp.isfinite(logits[chosen]), x), few.over_shards(_evaluate, x, sigma), 0)
+    return few._sum(per_image(kept, x) * estimates)
 
 
 class Record(NamedTuple):
@@ -302,8 +300,3 @@ def _evaluate(member: DenoiseFn, x: jax.Array, sigma: jax.Array) -> jax.Array:
 
 def _labelled(member: Any, labels: Any) -> DenoiseFn:
   return member if labels is None else member.with_labels(labels)
-
-
-def _per_image(value: Float[Array, "s b"] | Bool[Array, "s b"], x: jax.Array) -> jax.Array:
-  """[s b] as [s b 1 1 1], to be multiplied with images of every shard."""
-  return value.reshape(value.shape + (1,) * (x.ndim - 1))

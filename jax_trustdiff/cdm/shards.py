@@ -146,6 +146,16 @@ def sum_over_shards(values: Float[Array, "s ..."]) -> Float[Array, "..."]:
   return values.sum(0) if len(values) > MOST_IN_ORDER else functools.reduce(jnp.add, list(values))
 
 
+def per_image(value: jax.Array, x: jax.Array) -> jax.Array:
+  """[... b] as [... b 1 1 1], to be multiplied with images like `x` [b h w c]."""
+  return value.reshape(value.shape + (1,) * (x.ndim - 1))
+
+
+def inner(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Inner product of images over their last three axes: [s b h w c] with [b h w c] or its like -> [s b]."""
+  return (a * b).sum((-3, -2, -1))
+
+
 def _described(tree: PyTree) -> dict[str, Any]:
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), str(leaf.dtype))

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jax_trustdiff.cdm.shards import inner, per_image
 from jax_trustdiff.diffusion.solvers import Point
 from jax_trustdiff.types import InputError, PyTree
 
@@ -178,10 +179,10 @@ class AlongPath:
   def step(self, state: PyTree, seen: Any, at: Point, start: Point, end: Point) -> PyTree:
     """The log-densities less that of the mixture: what they have in common would only cost digits."""
     variance = jnp.square(at.sigma)
-    apart = (seen.estimates - seen.found) / _column(variance, seen.found)  # s_i - s
+    apart = (seen.estimates - seen.found) / per_image(variance, seen.found)  # s_i - s
     q = jnp.square(start.sigma) - jnp.square(end.sigma)
-    noise = end.x - start.x - _column(q / variance, at.x) * (seen.found - at.x)
-    moved = _inner(apart, noise) - q / 2 * _inner(apart, apart)
+    noise = end.x - start.x - per_image(q / variance, at.x) * (seen.found - at.x)
+    moved = inner(apart, noise) - q / 2 * inner(apart, apart)
     return jnp.where(end.sigma > 0, state + moved, state)  # the last step adds no noise
 
 
@@ -250,7 +251,7 @@ class Nearest:
     return PreviousWeights(seen.weights, logits, state.step + 1)
 
   def _logits(self, sigma, estimates, log_prior, weights) -> Logits:
-    x0 = (_column(weights, estimates[0]) * estimates).sum(0)
+    x0 = (per_image(weights, estimates[0]) * estimates).sum(0)
     found, centroids = self.features(x0), self.centroids
     if self.normalise:
       found, centroids = (v / jnp.linalg.norm(v, axis=-1, keepdims=True) for v in (found, centroids))
@@ -293,13 +294,3 @@ class Largest:
   def step(self, state: PyTree, seen: Any, at: Point, start: Point, end: Point) -> PyTree:
     """As the weights they are made of."""
     return self.weights.step(state, seen, at, start, end)
-
-
-def _column(value: jax.Array, x: jax.Array) -> jax.Array:
-  """[... b] as [... b 1 1 1], to be multiplied with images."""
-  return value.reshape(value.shape + (1,) * (x.ndim - 1))
-
-
-def _inner(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Inner product of images: [s b h w c] with [b h w c] or its like -> [s b]."""
-  return (a * b).sum((-3, -2, -1))

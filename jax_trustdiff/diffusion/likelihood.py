@@ -90,13 +90,7 @@ class ODELikelihood:
     batch, size = x.shape[0], math.prod(x.shape[1:])
     flow = _Flow(denoise, self._probes(x, keys), x.shape[1:], self.data_std, self.basis_chunk)
     start = jnp.concatenate([x.reshape(batch, 1, 1, size), jnp.zeros((batch, 1, 1, 1), x.dtype)], -1)
-    found = self.solver.invert(flow, start)
-    if isinstance(self.solver, EDMSampler):  # every step but the last, to sigma 0
-      end, nfe = found, jnp.full(batch, self.solver.nfe - 1, jnp.int32)
-      sigma_max, sigma_min = (float(sigma) for sigma in self.solver.sigmas[[0, -1]])
-    else:
-      end, nfe = found.x, found.nfe
-      sigma_max, sigma_min = self.solver.sigma_max, self.solver.sigma_min
+    end, nfe, sigma_min, sigma_max = follow_up(self.solver, flow, start)
     z, excess = end[..., :-1].reshape(x.shape), end[:, 0, 0, -1] * (sigma_max * math.sqrt(size))
     low, high = (sigma**2 + self.data_std**2 for sigma in (sigma_min, sigma_max))
     squares = jnp.square(z).sum((1, 2, 3)) * (sigma_max**2 / high)
@@ -106,15 +100,39 @@ class ODELikelihood:
 
   def _probes(self, x: jax.Array, keys: Any) -> jax.Array | None:
     """[n b h w c], the j-th of an image of its key folded with j; None for the exact trace."""
-    if self.trace == "exact":
-      return None
-    if keys is None:
-      raise InputError("ODELikelihood: trace 'hutchinson' draws probes: it needs a key for each image")
+    return (
+      None if self.trace == "exact" else draw_probes("ODELikelihood", self.probe, self.num_probes, x, keys)
+    )
 
-    def one(number, key):
-      return PROBES[self.probe](jax.random.fold_in(key, number), x.shape[1:], x.dtype)
 
-    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(jnp.arange(self.num_probes), keys)
+class Followed(NamedTuple):
+  """Where the ODE led, in units of sigma_max, at what cost, and the noise levels it began and ended at."""
+
+  end: jax.Array
+  nfe: jax.Array  # [b]
+  sigma_min: float
+  sigma_max: float
+
+
+def follow_up(solver: AdaptiveODESampler | EDMSampler, flow: DenoiseFn, start: jax.Array) -> Followed:
+  """The ODE of a flow from `start` [b h w c] at the solver's sigma_min up to its sigma_max, by its `invert`."""
+  found = solver.invert(flow, start)
+  if not isinstance(solver, EDMSampler):
+    return Followed(found.x, found.nfe, solver.sigma_min, solver.sigma_max)
+  sigma_max, sigma_min = (float(sigma) for sigma in solver.sigmas[[0, -1]])
+  nfe = jnp.full(len(start), solver.nfe - 1, jnp.int32)  # every step but the last, to sigma 0
+  return Followed(found, nfe, sigma_min, sigma_max)
+
+
+def draw_probes(what: str, probe: str, num_probes: int, x: jax.Array, keys: Any) -> Float[Array, "n b h w c"]:
+  """Draws of `probe` for a trace, the j-th of an image of its key folded with j; InputError, which names `what`, without keys."""
+  if keys is None:
+    raise InputError(f"{what}: trace 'hutchinson' draws probes: it needs a key for each image")
+
+  def one(number, key):
+    return PROBES[probe](jax.random.fold_in(key, number), x.shape[1:], x.dtype)
+
+  return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(jnp.arange(num_probes), keys)
 
 
 def bits_per_dim(log_prob: PerExample, size: int) -> PerExample:

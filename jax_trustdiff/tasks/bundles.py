@@ -68,10 +68,6 @@ class Bundle:
   def __init__(self, path: str | os.PathLike):
     self.path = pathlib.Path(path).expanduser()
     self._splits: dict[int, Compartments] = {}
-    self.reload()
-
-  def reload(self) -> None:
-    """Reads the manifest anew: whoever takes the lock sees what others did before."""
     file = self.path / MANIFEST
     if not file.is_file():
       raise InputError(f"{self.path} holds no {MANIFEST}: give the folder of a run of configs/cdm_train.py")
@@ -94,8 +90,8 @@ class Bundle:
       found = {
         "format": 1,
         "training": dict(training),
-        "salt_sha256": _file_digest(path / SALT),
-        "backbone": backbone and {"from": backbone[1], "sha256": _file_digest(path / BACKBONE_FILE)},
+        "salt_sha256": file_digest(path / SALT),
+        "backbone": backbone and {"from": backbone[1], "sha256": file_digest(path / BACKBONE_FILE)},
         "origins": [dict(origin)],
         "shards": {},
         "dropped": [],
@@ -140,7 +136,7 @@ class Bundle:
   def salt(self) -> bytes:
     """InputError where it is not there, or another."""
     file = self.path / SALT
-    if not file.is_file() or _file_digest(file) != self.manifest["salt_sha256"]:
+    if not file.is_file() or file_digest(file) != self.manifest["salt_sha256"]:
       raise InputError(f"{file} is missing or was changed: without it nobody can say which image is meant")
     return bytes.fromhex(file.read_text().strip())
 
@@ -176,11 +172,11 @@ class Bundle:
     """The images of a shard, slice by slice, salted, as its version on disk says."""
     return json.loads((self.path / self.manifest["shards"][name]["folder"] / IMAGES).read_text())
 
-  def rows(self, origin: int, name: str, forgotten: Sequence[str] | None = None) -> np.ndarray:
+  def rows(self, origin: int, name: str) -> np.ndarray:
     """Positions in a data set of the images that a shard is to have: those of its compartment that are not forgotten."""
     data = self.data(origin)
     found = data.of(name)
-    gone = {*(self.manifest["forgotten"] if forgotten is None else forgotten)}
+    gone = set(self.manifest["forgotten"])
     kept = [self.salted(data.contents[i]) not in gone for i in found] if gone else np.ones(len(found), bool)
     return found[np.array(kept, bool)]
 
@@ -217,7 +213,7 @@ class Bundle:
     if self.manifest["backbone"] is None:
       return None
     file = self.path / BACKBONE_FILE
-    if not file.is_file() or _file_digest(file) != self.manifest["backbone"]["sha256"]:
+    if not file.is_file() or file_digest(file) != self.manifest["backbone"]["sha256"]:
       raise InputError(f"{file} is missing or was changed: shards were trained on another")
     found = jax.tree.map(jnp.asarray, safetensors_io.load(file))
     if not self.is_adapted:
@@ -302,7 +298,7 @@ def code_digest() -> str:
 def file_digests(folder: pathlib.Path) -> dict[str, str]:
   """SHA-256 of every file of a finished version or artefact, but for its lock and clock."""
   files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-  return {name: _file_digest(file) for name, file in files.items() if name not in PASSING}
+  return {name: file_digest(file) for name, file in files.items() if name not in PASSING}
 
 
 def _section(plain: Mapping[str, Any]) -> config_lib.ConfigDict:
@@ -316,5 +312,6 @@ def _section(plain: Mapping[str, Any]) -> config_lib.ConfigDict:
   return config_lib.from_plain(tupled(plain))
 
 
-def _file_digest(file: pathlib.Path) -> str:
+def file_digest(file: pathlib.Path) -> str:
+  """SHA-256 of a file, in hexadecimal."""
   return hashlib.sha256(file.read_bytes()).hexdigest()

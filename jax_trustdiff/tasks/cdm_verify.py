@@ -1,6 +1,5 @@
 """Checks a compartmentalized model against its manifest: every file, every image, every dependency, and training itself."""
 
-import hashlib
 import json
 import pathlib
 import shutil
@@ -17,6 +16,7 @@ from jax_trustdiff.tasks.bundles import (
   SALT,
   Bundle,
   environment,
+  file_digest,
   file_digests,
   names_of,
   text_of,
@@ -97,7 +97,7 @@ def _files(bundle: Bundle) -> Found:
 
 
 def _digest(file: pathlib.Path) -> str | None:
-  return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+  return file_digest(file) if file.is_file() else None
 
 
 def _fault(wanted: str | None, seen: str | None) -> str:
