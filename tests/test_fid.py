@@ -86,6 +86,17 @@ def test_fid_of_fewer_images_than_features():
   np.testing.assert_allclose(value, 50 * 0.25, rtol=1e-6)
 
 
+@pytest.mark.parametrize("count", [10, 80], ids=["fewer-than-features", "more"])
+def test_fid_from_one_reference_is_the_distance_of_moments(count):
+  few = normal(count, 50, seed=3) * np.linspace(0.1, 2, 50) + 0.3
+  found, mu, sigma = fid.moments(few), normal(1, 50)[0], covariance(50, 4)
+  to_reference = fid.FrechetDistanceTo(mu, sigma)
+  expected = fid.frechet_distance(mu, sigma, found.mean, found.covariance)
+  np.testing.assert_allclose(to_reference(few), expected, rtol=1e-6)
+  with pytest.raises(InputError, match="at least 2 features of 50"):
+    to_reference(few[:, :20])
+
+
 def test_kid_is_its_formula_and_unbiased():
   """Brute force over pairs; over many draws of one distribution the mean is 0, and not for a small shift."""
   x, y = normal(7, 5), normal(9, 5, seed=1)

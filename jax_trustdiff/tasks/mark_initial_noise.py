@@ -227,10 +227,7 @@ def _distances(config, images, reference: records.ImageSource, extract) -> dict[
     source = records.unlabelled(of, name)
     features[name] = extract(source, f"feature of {name}").features
 
-  def distance(rows):
-    found = fid.moments(rows)
-    return fid.frechet_distance(real.mu, real.sigma, found.mean, found.covariance)
-
+  distance = fid.FrechetDistanceTo(real.mu, real.sigma)
   pre = generation_metrics.prefix(real.network)
   marked, clean = distance(features[NONE]), distance(features[UNMARKED])
   rng, differences = np.random.default_rng(config.seed), []
