@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import LONG
 from worlds import LogDensities, log_density_of_all, samples_of_shards, shards
 
 from jax_trustdiff.cdm import credit as credit_lib
@@ -19,9 +18,6 @@ from jax_trustdiff.diffusion.samplers import EDMSampler
 from jax_trustdiff.types import InputError
 
 FINE = AdaptiveODESampler(0.03, 80.0, rtol=1e-9, atol=1e-9)
-
-
-pytestmark = LONG  # not run through yet
 
 
 def world(apart, count, dtype=jnp.float64):
