@@ -20,7 +20,9 @@ autoattack: standard AutoAttack (benchmark.graph: a classifier as an .npz graph;
 512 images, Linf 2/255, beside the package pyautoattack if the peer has it. Minutes.
 autoattack_gpu: a WRN-28-10 with fresh weights of which nothing breaks, 64 random images, attacked in bfloat16 with verdicts of
 float32, beside torch's in TF32: for an accelerator. Its robust accuracy means nothing, its time is that of the worst case.
-smoke: seconds, with each of them: at_step, 'augment,smoke', 'autoattack,smoke', 'sampler,smoke', 'edm_train,smoke'.
+mixture: D of a mixture of eight U-ViT shards through vmap beside eight calls of one (vmap/ratio is to be at most 1.1), and of a
+shard drawn at random beside one call. A minute.
+smoke: seconds, with each of them: at_step, 'augment,smoke', 'autoattack,smoke', 'sampler,smoke', 'edm_train,smoke', 'mixture,smoke'.
 
 On a GPU both programs share its memory, of which jax takes three quarters when it starts unless told otherwise:
 XLA_PYTHON_CLIENT_PREALLOCATE=false python -m jax_trustdiff.main --config=configs/benchmark.py:wrn28_10
@@ -33,7 +35,7 @@ from jax_trustdiff.types import InputError
 
 VARIANTS = (
   *("at_step", "wrn28_10", "augment", "autoattack", "autoattack_gpu", "sampler", "sampler_gpu", "edm_train"),
-  *("edm_train_gpu", "smoke"),
+  *("edm_train_gpu", "mixture", "smoke"),
 )
 
 
@@ -55,6 +57,7 @@ def get_config(variant: str = "") -> ConfigDict:
     "autoattack": _autoattack,
     "sampler": _sampler,
     "edm_train": _edm_train,
+    "mixture": _mixture,
   }[name]()
   if name == "wrn28_10":
     config.benchmark.update(depth=28, width=10, batch_size=512, dtype="bfloat16", steps_per_round=5, cliff=0)
@@ -76,6 +79,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.benchmark.update(
       depth=10, width=1, num_images=4, radius=0.5, batch_size=4, rounds=1, version="rapid"
     )
+  elif "smoke" in names and name == "mixture":
+    config.benchmark.update(image_size=8, size="tiny", num_shards=3, batch_size=2, rounds=2, calls_per_round=1)
   elif "smoke" in names:
     config.benchmark.update(
       image_size=8,
@@ -162,3 +167,17 @@ def _sampler():
 
 def _edm_train():
   return dict(name="edm_train", augment=(0.0, 0.12), rounds=9, steps_per_round=4, **_network())
+
+
+def _mixture():
+  return dict(
+    name="mixture",
+    size="S",
+    image_size=32,
+    patch_size=2,
+    dtype="float32",
+    num_shards=8,
+    batch_size=4,
+    rounds=9,
+    calls_per_round=1,
+  )

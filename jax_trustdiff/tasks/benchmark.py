@@ -6,6 +6,7 @@ from jax_trustdiff.tasks.benchmark_at_step import at_step
 from jax_trustdiff.tasks.benchmark_augment import augment
 from jax_trustdiff.tasks.benchmark_autoattack import autoattack
 from jax_trustdiff.tasks.benchmark_diffusion import edm_train, sampler
+from jax_trustdiff.tasks.benchmark_mixture import mixture
 from jax_trustdiff.training.workdir import Workdir
 
 BENCHMARKS = {
@@ -14,6 +15,7 @@ BENCHMARKS = {
   "autoattack": autoattack,
   "sampler": sampler,
   "edm_train": edm_train,
+  "mixture": mixture,
 }
 
 

@@ -73,7 +73,7 @@ def sampler(
   InputError if `peer_python` has no torch, RunError if the peer dies.
   """
   size = Size(image_size, model_channels, channel_mult, num_blocks, attention_resolutions, dtype, batch_size)
-  _check_counts(batch_size=batch_size, num_steps=num_steps - 1, rounds=rounds)
+  tools.check_counts(batch_size=batch_size, num_steps=num_steps - 1, rounds=rounds)
   _check_dtypes(peer_dtypes)
   network, python = size.network(), tools.peer_python_with_torch(peer_python)
   heun = EDMSampler(num_steps=num_steps)
@@ -132,7 +132,7 @@ def edm_train(
   InputError and RunError as `sampler`.
   """
   size = Size(image_size, model_channels, channel_mult, num_blocks, attention_resolutions, dtype, batch_size)
-  _check_counts(batch_size=batch_size, rounds=rounds, steps_per_round=steps_per_round)
+  tools.check_counts(batch_size=batch_size, rounds=rounds, steps_per_round=steps_per_round)
   _check_dtypes(peer_dtypes)
   pipes = {p: edm_pipe(p) if p else no_pipe() for p in augment}
   python = tools.peer_python_with_torch(peer_python)
@@ -244,9 +244,3 @@ def _about(network: DiffusionNetwork) -> dict[str, float]:
 def _check_dtypes(dtypes: Sequence[str]) -> None:
   if unknown := set(dtypes) - {"float32", "bfloat16"}:
     raise InputError(f"benchmark.peer_dtypes knows 'float32' and 'bfloat16', found {unknown.pop()!r}")
-
-
-def _check_counts(**counts: int) -> None:
-  for name, count in counts.items():
-    if count < 1:
-      raise InputError(f"benchmark.{name} is too small")

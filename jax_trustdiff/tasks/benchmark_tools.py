@@ -39,6 +39,13 @@ def peak_flops() -> float | None:
   return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", kind)), None)
 
 
+def check_counts(**counts: int) -> None:
+  """InputError unless each is at least 1."""
+  for name, count in counts.items():
+    if count < 1:
+      raise InputError(f"benchmark.{name} is too small")
+
+
 def in_turns(
   programs: Mapping[str, Callable[[int], float] | None], rounds: int, count: int
 ) -> dict[str, np.ndarray]:
