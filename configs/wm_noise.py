@@ -12,6 +12,8 @@ Samples detect.num_images images with the mark and as many without, from the sam
 
 nonces=False gives all images one stream: they are then read without knowing which is which, and resemble each other.
 
+images=<run>/images secret_file=<run>/secret.txt reads the mark of a store, with the same model, sampler, mark and seed.
+
 Variants:
   cpu    1000 samples of a small model (init_from is an export of edm_cifar.py:digits) against the digits
   smoke  seconds; a freshly initialised model, in which nothing is found: it tries the machinery
@@ -38,6 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
   config.sampler = dict(name="edm", num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0)
   config.mark = dict(name="gaussian_shading", num_bits=64)
   config.nonces = True  # a stream for each image; not used for rings
+  config.images = ""  # an image store of marked samples, whose mark is read; '': marks fresh samples of the model
   config.secret_file = ""  # a text file with a long random secret; '': a fresh one
   config.attacks = dict(  # on the marked images, by Pillow
     noise=(0.02, 0.05, 0.1),  # standard deviation

@@ -82,6 +82,7 @@ def refused(capfd, workdir, *args):
     ([SMOKE, "--config.mesh.data=3"], "does not fit"),
     ([SMOKE, "--config.seeds=1,1"], "seed twice"),
     ([SMOKE, "--config.seed=-1"], "seed must be at least 0"),
+    (["--config=configs/wm_noise.py:smoke", "--config.seed=-1"], "seed must be at least 0"),
     ([SMOKE, "--config.train.profile=abc"], "first:last"),
     ([SMOKE, "--config.train.validate_every_epochs=-1"], "0 for never"),
     ([SMOKE, "--config.model.bn_groups=3"], "does not split into 3"),

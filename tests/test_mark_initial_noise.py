@@ -6,6 +6,7 @@ import stat
 import pytest
 
 from jax_trustdiff import config as config_lib
+from jax_trustdiff.data.sources import SOURCES
 from jax_trustdiff.tasks import mark_initial_noise
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError
@@ -24,9 +25,17 @@ def complete(path, config):
 
 
 @pytest.fixture(scope="module")
-def shaded(tmp_path_factory):
+def secret(tmp_path_factory):
+  """A file with one secret for all: one in twenty would give unmarked images a p-value below 0.05, as it must."""
+  file = tmp_path_factory.mktemp("secret") / "secret.txt"
+  file.write_text("the secret of the tests of initial noise, 1")
+  return str(file)
+
+
+@pytest.fixture(scope="module")
+def shaded(tmp_path_factory, secret):
   path = tmp_path_factory.mktemp("shaded") / "run"
-  return path, complete(path, config_of())
+  return path, complete(path, config_of(secret_file=secret))
 
 
 def test_bits_come_back_from_samples(shaded):
@@ -53,6 +62,25 @@ def test_the_same_secret_marks_the_same_images(shaded, tmp_path):
   assert again == metrics
 
 
+def test_the_mark_of_a_store_is_read_with_its_secret_and_its_ids(shaded, tmp_path, secret):
+  path, metrics = shaded
+  assert SOURCES["image_store"](path=str(path / "images")).image_shape == (8, 8, 1)
+  read = {"images": str(path / "images"), "attacks.noise": ()}
+  found = complete(tmp_path / "read", config_of(secret_file=secret, **read))
+  assert found == {name: value for name, value in metrics.items() if name.startswith("none/") and "fid" not in name}
+  other = tmp_path / "other.txt"
+  other.write_text("another secret than that of the images")
+  found = complete(tmp_path / "wrong", config_of(secret_file=str(other), **read))
+  assert abs(found["none/bit_accuracy"] - 0.5) < 0.1 and found["none/p"] > 1e-4
+
+
+def test_one_secret_has_other_streams_for_another_model(shaded, tmp_path, secret):
+  path, metrics = shaded
+  read = {"images": str(path / "images"), "attacks.noise": (), "secret_file": secret}
+  found = complete(tmp_path / "read", config_of(**read, **{"untrained.model.num_blocks": 2}))
+  assert abs(found["none/bit_accuracy"] - 0.5) < 0.1 and metrics["none/matches"] == 32
+
+
 def test_a_fresh_secret_survives_an_interruption(tmp_path, monkeypatch):
   config = config_of()
   with monkeypatch.context() as patch:
@@ -66,8 +94,8 @@ def test_a_fresh_secret_survives_an_interruption(tmp_path, monkeypatch):
   assert (tmp_path / "run/secret.txt").read_bytes() == secret
 
 
-def test_rings_are_found(tmp_path):
-  rings = {"mark.name": "rings", "mark.low": 1, "mark.high": 3, "detect.false_positive_rate": 0.05}
+def test_rings_are_found(tmp_path, secret):
+  rings = {"secret_file": secret, "mark.name": "rings", "mark.low": 1, "mark.high": 3, "detect.false_positive_rate": 0.05}
   metrics = complete(tmp_path / "run", config_of(**rings))
   assert "none/bit_accuracy" not in metrics
   assert metrics["none/p"] < 0.05 < metrics["unmarked/p"]  # three rings cannot say much
@@ -91,6 +119,7 @@ def test_rings_are_found(tmp_path):
     ({"metrics.fid_only": True}, "metrics.fid_only=False"),
     ({"untrained.image_shape": (16, 16, 1)}, r"the reference has images of \(8, 8, 1\)"),
     ({"secret_file": "nowhere"}, "no file with a secret, nowhere"),
+    ({"images": "somewhere"}, "give secret_file"),
   ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, overrides, message):

@@ -13,7 +13,7 @@ from jax_trustdiff.interop import stamp_names
 from jax_trustdiff.models.registry import num_params
 from jax_trustdiff.models.watermark_codec import ResidualCodec, StampCodec
 from jax_trustdiff.types import InputError, WatermarkCodec, to_unit
-from jax_trustdiff.watermark.codec import NOT_YET, CodecLoss, ImageGate, bit_accuracy, psnr
+from jax_trustdiff.watermark.codec import NOT_YET, BoundCodec, CodecLoss, ImageGate, bit_accuracy, psnr
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,18 @@ def test_the_residual_codec_marks_and_reads_images_of_any_size():
     assert float(jnp.abs(codec.encode(variables, x, 1 - bits) - marked).max()) > 1e-5
     assert codec.decode(variables, marked[:, 1:, 3:]).shape == (2, 12)
     np.testing.assert_array_equal(codec.encode(variables, x, bits.astype(jnp.uint8)), marked)
+
+
+def test_what_a_codec_cannot_mark_is_one_line():
+  codec = ResidualCodec(num_bits=4, image_shape=(8, 8, 1), width=4, num_blocks=1)
+  bound = BoundCodec(codec, codec.init(jax.random.key(0)))
+  for x, bits, message in (
+    (jnp.ones((2, 8, 8, 1), jnp.uint8), [0, 1, 0, 1], r"images in \[0, 1\].*uint8"),
+    (jnp.ones((2, 8, 8, 1)), [0, 1], r"writes 4 bits into each of 2 images, got \(2,\)"),
+    (jnp.ones((2, 8, 8, 1)), jnp.zeros((3, 4)), r"got \(3, 4\)"),
+  ):
+    with pytest.raises(InputError, match=message):
+      bound.encode(x, bits)
 
 
 @pytest.mark.parametrize("counter, weight", [(-1, 0), (0, 0), (1000, 0), (2500, 5), (4000, 10), (9999, 10)])

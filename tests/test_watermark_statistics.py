@@ -125,13 +125,6 @@ def test_images_of_one_source_are_read_by_the_mean_of_their_logits():
   assert verdict.log10_p == pytest.approx(-32 * np.log10(2))
 
 
-def test_the_empirical_p_value_is_a_rank():
-  null = np.arange(99.0)
-  assert detection.empirical_p_value(1000.0, null) == pytest.approx(0.01)
-  assert detection.empirical_p_value(98.0, null) == pytest.approx(0.02)
-  assert detection.empirical_p_value(-1.0, null) == 1.0
-
-
 @pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int32])
 def test_keys_of_any_integers_are_traced(kind):
   codebook = keys.draw("s", range(100), 32).astype(kind)
@@ -143,9 +136,6 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_what_is_not_finite_is_no_evidence():
-  for observed, null in ((np.nan, np.arange(3.0)), (1.0, np.array([np.nan, 0.0])), (1.0, np.zeros(0))):
-    with pytest.raises(InputError, match="finite"):
-      detection.empirical_p_value(observed, null)
   for logits in (np.full((2, 16), np.nan), np.zeros((0, 16))):
     with pytest.raises(InputError, match="finite logits of at least one image"):
       detection.judge(logits, np.zeros((1, 16), np.int32), 1e-2, scheme="codec", key_id="k")

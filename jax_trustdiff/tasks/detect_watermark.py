@@ -32,7 +32,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   matches, of num_bits; p, log10_p, threshold and detected (1 or 0) at detect.false_positive_rate; key_drawn (1 or 0), without which p says
   nothing; bit_accuracy of single images;
   detected_share, the part of them that reach the threshold alone, with its interval; user, if there are several. With null images also
-  null/bit_accuracy, null/false_positive_rate of single ones with its interval, and null/p of all of them together. control/smallest_p is
+  null/bit_accuracy with the same key, null/highest_bit_accuracy with whichever of the keys fits each best, null/false_positive_rate of single ones with its interval, and null/p of all of them together. control/smallest_p is
   the smallest p-value of all images together over detect.control_keys random keys that nothing was marked with; payload_is_right
   (1 or 0) of a key with a payload.
   """
@@ -79,7 +79,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   if null is not None:
     clean = logits_of(codec, null, section.batch_size, mesh)
     matches["images without a mark"] = np.asarray(detection.count_matches(clean, best))
-    found["null"] = _null(clean, codebook, verdict)
+    found["null"] = _null(clean, matches["images without a mark"], codebook, verdict)
   if payload is not None:
     found["payload"] = _payload(key, payload, np.asarray(detection.read(logits)))
   if section.control_keys:
@@ -125,6 +125,10 @@ def source_of(config, section, codec: BoundCodec, key: keys.WatermarkKey | None)
 def check_size(config, shape, whose: str, codec: BoundCodec, key: keys.WatermarkKey | None) -> None:
   """InputError for images of another size than the marked ones, unless detect.any_size."""
   marked = key.image_shape if key else codec.network.image_shape
+  if shape[-1] != marked[-1]:
+    raise InputError(
+      f"the mark was made for images of {marked[-1]} channel(s), and {whose} have {shape[-1]}: files are read with data.channels"
+    )
   if tuple(shape) != marked and not config.detect.any_size:
     raise InputError(
       f"the mark was made for images of {marked}, and {whose} are {tuple(shape)}: set detect.any_size=True to read them resized"
@@ -158,14 +162,20 @@ def logits_of(codec: BoundCodec, source: records.ImageSource, batch_size: int, m
   return pipeline.map_images(lambda batch: decode(placed, batch), source, batch_size, mesh)
 
 
-def _null(logits: np.ndarray, codebook: np.ndarray, verdict: detection.Verdict) -> dict:
-  """What images without a mark say: how often single ones reach the threshold with any of the keys, and the p-value of all together."""
+def _null(
+  logits: np.ndarray, matches: np.ndarray, codebook: np.ndarray, verdict: detection.Verdict
+) -> dict:
+  """What images without a mark say: how often single ones reach the threshold with any of the keys, and the p-value of all together.
+
+  matches: of single ones, with the key that the suspected images agree with best.
+  """
   best = np.asarray(detection.most_matches(logits, codebook))
   _, together = detection.trace(detection.read(logits), codebook)
   detected = int((best >= verdict.threshold).sum())
   return {
     "num_images": len(logits),
-    "bit_accuracy": float(best.mean() / verdict.num_bits),
+    "bit_accuracy": float(matches.mean() / verdict.num_bits),
+    "highest_bit_accuracy": float(best.mean() / verdict.num_bits),
     "false_positive_rate": detected / len(logits),
     "false_positive_rate_interval": statistics.binomial_interval(detected, len(logits)),
     "matches": together,
@@ -215,7 +225,9 @@ def _metrics(found: dict) -> dict[str, float]:
     metrics["control/smallest_p"] = found["control"]["smallest_p"]
   null = found.get("null", {})
   return metrics | {
-    f"null/{name}": null[name] for name in ("bit_accuracy", "false_positive_rate", "matches", "p") if null
+    f"null/{name}": null[name]
+    for name in ("bit_accuracy", "highest_bit_accuracy", "false_positive_rate", "matches", "p")
+    if null
   }
 
 
@@ -298,7 +310,8 @@ def _report(
     low, high = null["false_positive_rate_interval"]
     rows += [
       ["of images without a mark", f"{null['num_images']:,}"],
-      ["their bit accuracy", f"{null['bit_accuracy']:.2%}"],
+      ["their bit accuracy with this key", f"{null['bit_accuracy']:.2%}"],
+      ["with the key that fits each best", f"{null['highest_bit_accuracy']:.2%}"],
       ["of them reach the threshold", f"{null['false_positive_rate']:.2%} ({low:.2%} to {high:.2%})"],
       ["agreeing bits of all of them together", f"{null['matches']} of {num_bits}, p {null['p']:.3g}"],
     ]

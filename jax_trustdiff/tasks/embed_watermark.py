@@ -110,7 +110,8 @@ def _check(config, codec: BoundCodec, source: records.ImageSource, mesh) -> None
       f"the images are marked already, with the key {source.key_id}: a second mark would spoil the first"
     )
   made_for = codec.network.image_shape
-  if source.image_shape != made_for and not section.any_size:
+  resized = source.image_shape != made_for and source.image_shape[-1] == made_for[-1]
+  if resized and not section.any_size:
     raise InputError(
       f"the codec was made for images of {made_for}, and these are {source.image_shape}: "
       "set embed.any_size=True to mark them by resizing the mark"

@@ -15,11 +15,11 @@ import numpy as np
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
-from jax_trustdiff.data import records, sources
+from jax_trustdiff.data import image_store, records, sources
 from jax_trustdiff.diffusion.guidance import Guided
 from jax_trustdiff.diffusion.solvers import initial_noise
 from jax_trustdiff.evaluation import fid, image_attacks, report, statistics
-from jax_trustdiff.tasks import codecs, denoisers, generation_metrics, reports
+from jax_trustdiff.tasks import codecs, denoisers, generation_metrics, reports, store_writing
 from jax_trustdiff.tasks.sampling import balanced_labels, image_keys, quantise
 from jax_trustdiff.training.progress import ProgressReport
 from jax_trustdiff.training.workdir import Workdir, write_atomically
@@ -38,6 +38,9 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   p, of all images together, and detected_share, the part of single ones at detect.false_positive_rate; of a mark of bits also bit_accuracy,
   matches and log10_p, of rings median_p of single images. 'none/...' is of the marked images as they are, 'unmarked/...' of the others. With config.reference also fid, or pixel_fid, of
   both, and fid_difference (marked less unmarked) with the ends of its 95 % bootstrap interval.
+
+  The marked samples are kept in workdir/images. With config.images, such a store, perhaps of images that were changed since, nothing is sampled: its
+  mark is read with config.secret_file, the model and the seed it was made with.
   """
   section = config.detect
   mesh = parallel.make_local_mesh()
@@ -45,27 +48,34 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   sampler = denoisers.build_sampler(config_lib.to_plain(config.sampler), model.preconditioning)
   attacks = _check(config, sampler, mesh)
   secret = _secret(config, workdir)
-  mark = config_lib.build(MARKS, config.mark, secret=secret, image_shape=model.network.image_shape)
+  # bound to the model: one secret may mark the samples of several, and no stream comes twice
+  bound = f"{secret} {store_writing.fingerprint(type(model.network).__name__, model.variables)}"
+  mark = config_lib.build(MARKS, config.mark, secret=bound, image_shape=model.network.image_shape)
   carries_bits = isinstance(mark, GaussianShading)
   bits = keys.draw(secret, [0], mark.num_bits, config.mark.name)[0] if carries_bits else None
   if carries_bits:
     detection.threshold(mark.num_bits, section.false_positive_rate)  # raises for too few
-  reference = _reference(config, model.network.image_shape)
+  source = _marked_images(config, model.network.image_shape) if config.images else None
+  reference = _reference(config, model.network.image_shape) if source is None else None
   extract = generation_metrics.build_extractor(config.metrics, mesh) if reference is not None else None
 
   workdir.open()
   _keep_secret(workdir, secret)
-  ids = np.arange(section.num_images)
+  ids = np.arange(section.num_images) if source is None else source.ids
   # another seed, other images: no nonce comes twice
   nonces = config.seed * 2**32 + ids if config.nonces else None
   solve = _Solver(config, model, sampler, mesh)
-  start = solve.noise(ids)
-  images = {
-    UNMARKED: solve.sample(start, ids, "unmarked sample"),
-    NONE: solve.sample(_marked(mark, bits, start, nonces), ids, "marked sample"),
-  }
+  if source is None:
+    start = solve.noise(ids)
+    images = {
+      UNMARKED: solve.sample(start, ids, "unmarked sample"),
+      NONE: solve.sample(_marked(mark, bits, start, nonces), ids, "marked sample"),
+    }
+    _write_store(config, workdir, model, images[NONE], ids)
+  else:
+    images = {NONE: source.take(np.arange(len(source)))["image"]}
   found: dict[str, dict[str, Any]] = {}
-  for name, attack in {UNMARKED: None, NONE: None, **attacks}.items():
+  for name, attack in {**dict.fromkeys(images), **attacks}.items():
     changed = images[name] if attack is None else image_attacks.apply(*attack, images[NONE], config.seed)
     estimate = solve.invert(changed, ids, f"image inverted ({name})")
     found[name] = _judge(config, mark, bits, estimate, nonces)
@@ -77,6 +87,37 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   if parallel.is_main_process():
     _report(config, workdir, images, found, metrics)
   return metrics
+
+
+def _marked_images(config, image_shape: tuple[int, ...]) -> records.ImageSource:
+  """The images of config.images, at most detect.num_images; InputError where the mark could not be read."""
+  if not config.secret_file:
+    raise InputError("images are read with the secret they were marked with: give secret_file")
+  source = records.first(sources.SOURCES["image_store"](config.images), config.detect.num_images)
+  if source.image_shape != tuple(image_shape):
+    raise InputError(
+      f"{config.images} has images of {source.image_shape}, and the model makes {tuple(image_shape)}"
+    )
+  return source
+
+
+def _write_store(config, workdir: Workdir, model, images: np.ndarray, ids: np.ndarray) -> None:
+  """The marked images with their ids, which are their nonces, in workdir/images."""
+  if not parallel.is_main_process():
+    return
+  num_classes = model.network.num_classes
+  plan = image_store.StorePlan(
+    num_images=len(images),
+    images_per_shard=len(images),
+    image_shape=images.shape[1:],
+    num_classes=max(num_classes, 1),
+    class_names=() if num_classes else (records.UNLABELLED,),
+    provenance={"mark": config.mark.name, "seed": config.seed, "model": str(config.init_from)},
+  )
+  store = image_store.ImageStore(workdir / "images", plan, store_writing.maker())
+  labels = balanced_labels(ids, num_classes) if num_classes else np.zeros(len(ids), np.int32)
+  store.write(0, images, labels, ids)
+  store.finish()
 
 
 def _check(config, sampler, mesh) -> dict[str, tuple[str, float]]:
@@ -267,9 +308,11 @@ def _report(config, workdir: Workdir, images, found, metrics) -> None:
     rows.append([name.replace("_", " "), *middle, f"{of['p']:.2g}", shown])
   (folder / TABLE).write_text(report.markdown(header, rows))
   count = min(config.report.num_images, len(images[NONE]))
-  both = np.concatenate([images[UNMARKED][:count], images[NONE][:count]])
-  report.image_grid(both, folder / "images.png", columns=count)
-  figures = [(folder / "images.png", "Samples from the same noise, above as it was, below with the mark")]
+  sampled = UNMARKED in images
+  shown = np.concatenate([of[:count] for of in images.values()])
+  report.image_grid(shown, folder / "images.png", columns=count)
+  caption = "Samples from the same noise, above as it was, below with the mark" if sampled else "The first images"
+  figures = [(folder / "images.png", caption)]
   if has_bits:
     values = {name.replace("_", " "): {"bit accuracy": of["bit_accuracy"]} for name, of in found.items()}
     report.bars(values, folder / "attacks.png", ylabel="bit accuracy")
@@ -277,7 +320,9 @@ def _report(config, workdir: Workdir, images, found, metrics) -> None:
   report.html_report(
     folder / "report.html",
     title=f"Marks on the initial noise: {config.mark.name.replace('_', ' ')}",
-    summary=f"{len(images[NONE]):,} samples with a mark and as many without, from the same noise; read by solving the ODE backwards.",
+    summary=f"{len(images[NONE]):,} "
+    + ("samples with a mark and as many without, from the same noise" if sampled else "images of a store")
+    + "; read by solving the ODE backwards.",
     metrics=metrics,
     figures=figures,
     tables=[("After each attack, with 95 % Clopper-Pearson intervals", header, rows)],

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from jax_trustdiff.types import Bits, InputError, Logits, Unit, Variables, WatermarkCodec
 from jax_trustdiff.watermark.distortions import quantise
@@ -26,11 +26,14 @@ class BoundCodec:
   network: WatermarkCodec = dataclasses.field(metadata={"static": True})
   variables: Variables
 
-  def encode(self, x: Unit, bits: jax.typing.ArrayLike) -> Unit:
-    """The images with these bits in them; bits [b n], or [n] for the same in all."""
-    return self.network.encode(
-      self.variables, x, jnp.broadcast_to(jnp.asarray(bits), (len(x), self.network.num_bits))
-    )
+  def encode(self, x: Shaped[Array, "b h w c"], bits: jax.typing.ArrayLike) -> Unit:
+    """The images, in [0, 1], with these bits in them; bits [b n], or [n] for the same in all. InputError for bytes and for other numbers of bits."""
+    bits, num_bits = jnp.asarray(bits), self.network.num_bits
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+      raise InputError(f"a codec marks images in [0, 1], floating point; these are {jnp.result_type(x)}")
+    if bits.shape not in ((num_bits,), (len(x), num_bits)):
+      raise InputError(f"the codec writes {num_bits} bits into each of {len(x)} images, got {bits.shape}")
+    return self.network.encode(self.variables, x, jnp.broadcast_to(bits, (len(x), num_bits)))
 
   def decode(self, x: Unit) -> Logits:
     """Logits [b n] of the bits: positive for a 1."""

@@ -112,19 +112,6 @@ def trace(bits: Key, keys: Keys) -> tuple[int, int]:
   return best, round((float(agreement[best]) + keys.shape[1]) / 2)
 
 
-def empirical_p_value(observed: float, null: Float[np.ndarray, "m"]) -> float:
-  """(1 + #{null >= observed}) / (m + 1): the rank of what was observed among m draws without a mark.
-
-  A cross-check of the exact one, which holds if the observation without a mark would be one more such draw; never below
-  1 / (m + 1). InputError without draws, or for numbers that are not finite.
-  """
-  if not len(null) or not np.isfinite(null).all() or not math.isfinite(observed):
-    raise InputError(
-      "an empirical p-value needs a finite observation and at least one finite draw without a mark"
-    )
-  return (1 + int((np.asarray(null) >= observed).sum())) / (len(null) + 1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Verdict:
   """What was found about one key, or the best of several; `to_dict` is for JSON.
