@@ -67,7 +67,7 @@ CPU = dict(
   flip_bits=(2 / 255, 8 / 255),
 )
 SMOKE = dict(
-  weight_noise=(0.001, 0.015), weight_bits=(8.0,), prune=(0.1,), steps=(4.0,), noise=(0.1,), jpeg=(75.0,), regenerate=(0.3,),
+  weight_noise=(0.015,), weight_bits=(8.0,), prune=(0.1,), steps=(4.0,), noise=(0.1,), jpeg=(75.0,), regenerate=(0.3,),
   flip_bits=(8 / 255,),
 )  # fmt: skip
 
@@ -111,6 +111,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.reference = dict(name="digits")
     config.metrics.features = dict(name="pixels")
     config.detect.update(num_images=32, num_reference=64)
-    config.sampler.num_steps = 3
+    config.sampler.num_steps = 2
     config.regenerate.num_steps = 2
   return config_lib.finish(config, overrides)

@@ -41,6 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
     codec = "configs/wm_codec.py:smoke,"
     embed = "configs/wm_embed.py:smoke,embed.num_images=256,embed.images_per_shard=256,"
     edm = "configs/wm_edm.py:smoke,eval.num_samples=0,model.channel_mult=(1,),train.num_images=64"
+    edm += ",eval.batch_size=32,eval.num_pictures=32,sampler.num_steps=2"  # the program that makes the images of `detect`
     detect, few = (
       "detect.num_images=32,detect.batch_size=32,sampler.num_steps=2",
       ",detect.false_positive_rate=0.01",

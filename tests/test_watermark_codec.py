@@ -145,8 +145,8 @@ def test_what_a_codec_cannot_mark_is_one_line():
   codec = ResidualCodec(num_bits=4, image_shape=(8, 8, 1), width=4, num_blocks=1)
   bound = BoundCodec(codec, codec.init(jax.random.key(0)))
   for x, bits, message in (
-    (jnp.ones((2, 8, 8, 1), jnp.uint8), [0, 1, 0, 1], r"images in \[0, 1\].*uint8"),
-    (jnp.ones((2, 8, 8, 1)), [0, 1], r"writes 4 bits into each of 2 images, got \(2,\)"),
+    (jnp.ones((2, 8, 8, 1), jnp.uint8), jnp.zeros(4), r"images in \[0, 1\].*uint8"),
+    (jnp.ones((2, 8, 8, 1)), jnp.zeros(2), r"writes 4 bits into each of 2 images, got \(2,\)"),
     (jnp.ones((2, 8, 8, 1)), jnp.zeros((3, 4)), r"got \(3, 4\)"),
   ):
     with pytest.raises(InputError, match=message):
