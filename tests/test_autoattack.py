@@ -17,12 +17,13 @@ from jax_trustdiff.attacks.autoattack import NOT_BROKEN, WRONG, Advance, AutoAtt
 from jax_trustdiff.attacks.fab import FAB, to_hyperplane
 from jax_trustdiff.attacks.runs import NEVER, rank_target
 from jax_trustdiff.attacks.square import Square
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import InputError, RunError
 
 KEY = jax.random.key(0)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class Linear:
   """logits = x kernel + bias."""
@@ -404,7 +405,7 @@ def test_versions():
 # ---- warnings ----
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class Masked:
   """The same decisions on rounded pixels, which hide the gradient."""
@@ -437,7 +438,7 @@ def test_probabilities_are_noticed():
     )
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class Noisy:
   """A defence that adds noise to the image."""

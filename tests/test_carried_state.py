@@ -11,12 +11,13 @@ from worlds import GaussianMixture, small
 from jax_trustdiff.diffusion.samplers import AncestralSampler, DPMSolverPP2M, EDMSampler, euler_maruyama
 from jax_trustdiff.diffusion.sde_samplers import PredictorCorrectorSampler
 from jax_trustdiff.diffusion.solvers import StatefulDenoiser
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import InputError
 
 MEAN, VARIANCE, D = 0.3, 0.25, 4
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class Running:
   """log p(x; sigma), which has the expansion score dx + d/dsigma log p dsigma + tr(Hessian dx dx^T) / 2 (Ito)."""

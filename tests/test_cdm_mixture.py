@@ -20,6 +20,7 @@ from jax_trustdiff.diffusion.losses import vp_loss
 from jax_trustdiff.diffusion.processes import VP
 from jax_trustdiff.diffusion.samplers import AncestralSampler, EDMSampler, euler_maruyama
 from jax_trustdiff.models.uvit import uvit
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import InputError
 
 
@@ -216,7 +217,7 @@ def test_weights_of_classes_hold_what_each_shard_has_of_a_class(float64):
   assert jnp.abs(unconditional - found.found).max() > 0.1
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class OfClass(GaussianMixture):
   """The component of each image's class alone."""
@@ -234,7 +235,7 @@ class OfClass(GaussianMixture):
     return jnp.where(jax.nn.one_hot(self.labels, parts.shape[1], dtype=bool), parts, -jnp.inf)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassDensities:
   """log p^i(x | c; sigma), [s b]."""
@@ -518,7 +519,7 @@ def test_nearest_is_the_prior_above_its_warm_up():
   assert (jnp.abs(found - prior).max(0)[late] > 1e-3).all()
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class Flat:
   """Pixels as features."""

@@ -15,6 +15,7 @@ from jax_trustdiff.attacks.fab import FAB, UNBROKEN
 from jax_trustdiff.attacks.losses import margin_unclipped
 from jax_trustdiff.attacks.runs import rank_target
 from jax_trustdiff.attacks.square import STARTING, Draws, Square
+from jax_trustdiff.pytrees import register_pytree
 
 pytestmark = pytest.mark.computes
 
@@ -131,7 +132,7 @@ def test_fab_t(world, norm):
   np.testing.assert_allclose(points[there[0]], distances[0][there[0]], rtol=1e-6)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class Recorded:
   """Windows and signs that the reference drew, one row for a step."""

@@ -20,12 +20,13 @@ from jax_trustdiff.diffusion.guidance import (
   LabelGuidance,
   NoisyLogProb,
 )
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import InputError, to_signed
 
 SHAPE = (2, 2, 1)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class Bayes:
   """The exact classifier of noisy images, in a mixture with two components for each class: (x, sigma) -> log p(x, y; sigma)."""
@@ -37,7 +38,7 @@ class Bayes:
     return jax.scipy.special.logsumexp(parts.reshape(len(parts), -1, 2), axis=2)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class OfClass:
   """The exact denoiser and log-density of the class of each image."""
@@ -225,7 +226,7 @@ class Unconditional:
     return jnp.zeros_like(x)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class Linear:
   """A LogitsFn of Unit images whose log-odds are linear: kernel . x, x in [-1, 1]."""

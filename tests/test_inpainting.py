@@ -17,12 +17,13 @@ from jax_trustdiff.diffusion.samplers import (
   euler_maruyama,
 )
 from jax_trustdiff.diffusion.sde_samplers import PredictorCorrectorSampler
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import InputError
 
 V, R = 0.25, 0.8  # variance and correlation of two pixels
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class TwoPixels:
   """Normal with mean 0 and covariance V [[1, R], [R, 1]]; images [b 1 2 1]."""

@@ -13,6 +13,7 @@ from jax_trustdiff.diffusion.adaptive import AdaptiveODESampler
 from jax_trustdiff.diffusion.likelihood import LIKELIHOODS, ODELikelihood, bits_per_dim, dequantise
 from jax_trustdiff.diffusion.samplers import EDMSampler
 from jax_trustdiff.models import layers
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import InputError
 
 SHAPE, SIGMA_MIN = (2, 2, 3), 0.002
@@ -90,7 +91,7 @@ def test_the_precision_is_that_of_the_images(float64, solver):
   np.testing.assert_allclose(found.log_prob, run(likelihood, world, x).log_prob, rtol=0, atol=0.01)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class Independent:
   """A DenoiseFn: Gaussian pixels with mean zero and these variances."""
@@ -164,7 +165,7 @@ def test_an_image_does_not_depend_on_its_batch(solver):
   assert jnp.abs(other.log_prob - together.log_prob).min() > 1e-3
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class Counted:
   """A DenoiseFn that counts its evaluations while it runs."""
@@ -199,7 +200,7 @@ def test_evaluations_are_counted(solver, trace):
     assert len(set(found.nfe.tolist())) > 1
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class Convolution:
   """A DenoiseFn with the library's convolution, which has no forward-mode derivative, and a number for each image."""
@@ -233,7 +234,7 @@ def test_trace_of_a_network():
   np.testing.assert_allclose(found.z, end, rtol=1e-5, atol=1e-5)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class UniformWorld:
   """Pixels independent and uniform in [low, high]; a `DenoiseFn`."""

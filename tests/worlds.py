@@ -9,9 +9,10 @@ import scipy.stats
 
 from jax_trustdiff.cdm import shards as cdm_shards
 from jax_trustdiff.diffusion import solvers
+from jax_trustdiff.pytrees import register_pytree
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class GaussianMixture:
   """Equal weights, component k with mean[k] (flattened in any one order) and variance[k]; a `DenoiseFn`."""
@@ -78,7 +79,7 @@ def shards(apart=3.0, dtype=jnp.float32):
   return cdm_shards.stack(GaussianMixture(**own[0]), own, [0.5, 0.3, 0.2])
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class LogDensities:
   """log p^i(x; sigma) of every slot of a stack, [s b]; one after the other, so that a slot's bits do not depend on how many there are."""

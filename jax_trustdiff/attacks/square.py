@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_trustdiff.attacks import norms
 from jax_trustdiff.attacks.losses import margin_unclipped
 from jax_trustdiff.attacks.runs import NEVER, AttackOfRuns, Found, fixed, per_image
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import AnyLogitsFn, Image, InputError, KeyOrKeys, Labels, LogitsFn, Unit
 
 TINY = 1e-12
@@ -216,7 +217,7 @@ class Square(AttackOfRuns):
     return self._scaled(x, jnp.where(target > 0, new, delta * (1 - source)))
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class KeyedDraws:
   """A `DrawFn`: of one key for the batch or one for each image, which makes a search independent of the batch."""

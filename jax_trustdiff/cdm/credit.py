@@ -24,6 +24,7 @@ from jax_trustdiff.diffusion.adaptive import AdaptiveODESampler
 from jax_trustdiff.diffusion.likelihood import PROBES, draw_probes, follow_up
 from jax_trustdiff.diffusion.processes import VP, Process
 from jax_trustdiff.diffusion.samplers import EDMSampler
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import InputError, PerExample, Sigma, Signed
 
 GRADIENTS = ("posterior", "autodiff")
@@ -111,7 +112,7 @@ class PathCredit:
     return draw_probes("PathCredit", self.probe, self.num_probes, x, keys)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class _CreditFlow:
   """The ODE of (x, L_1 .. L_s, integrals of w_1 .. w_s) as a DenoiseFn: a solver moves y by (y - F(y)) / sigma dsigma.

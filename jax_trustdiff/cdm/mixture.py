@@ -27,6 +27,7 @@ from jax_trustdiff.cdm.shards import Shards, log_normalised, per_image, sum_over
 from jax_trustdiff.cdm.weights import Weights
 from jax_trustdiff.diffusion.guidance import ClassifierFreeGuidance
 from jax_trustdiff.diffusion.solvers import Point
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import DenoiseFn, InputError, Labels, PyTree, Sigma, Signed
 
 IMPLEMENTATIONS = ("vmap", "map", "shard_map")
@@ -40,7 +41,7 @@ class Seen(NamedTuple):
   weights: jax.Array  # [s b]
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mixture:
   """Eq. 5 as a DenoiseFn; a pytree whose arrays are arguments, so that other shards compile nothing anew.
@@ -146,7 +147,7 @@ class Mixture:
     return values.sum(0) if self.impl == "shard_map" else sum_over_shards(values)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class GuidedMixture:
   """Classifier-free guidance after mixing, whose labels are not known yet: D_u + scale (D_c - D_u) of mixtures D_u and D_c.
@@ -171,7 +172,7 @@ class GuidedMixture:
     return ClassifierFreeGuidance(conditional, self.mixture, self.scale, self.sigma_min, self.sigma_max)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class RandomShard:
   """A DenoiseFn that evaluates one shard, drawn anew at every noise level: one network's cost.
@@ -198,7 +199,7 @@ class RandomShard:
     return _labelled(self.shards.member(slot), self.labels)(x, sigma)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class TopShards:
   """A DenoiseFn that evaluates the k shards of the largest mean weight over the batch, and mixes those: the cost of k networks.
@@ -255,7 +256,7 @@ class Record(NamedTuple):
   sigma: jax.Array  # [n] where it was
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recorded:
   """A mixture that keeps its weights at every step of a sampler: sampler(recorded, noise, keys, state=recorded.start(b, n)).

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import DenoiseFn, InputError, PyTree
 
 MOST_IN_ORDER = 64  # shards
@@ -26,7 +27,7 @@ class WithVariables(Protocol):
     """The denoiser with these variables, beside those it has."""
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shards:
   """`capacity` denoisers of one structure.

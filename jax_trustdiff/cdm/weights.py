@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from jax_trustdiff.cdm.shards import inner, per_image
 from jax_trustdiff.diffusion.solvers import Point
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import InputError, PyTree
 
 Logits = Float[Array, "s b"]
@@ -60,7 +61,7 @@ class _Stateless:
     """No state."""
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prior(_Stateless):
   """w_i = lambda_i p_i(c) / sum: naive averaging by the amount of data."""
@@ -69,7 +70,7 @@ class Prior(_Stateless):
     return log_prior
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Equal(_Stateless):
   """w_i = 1/S over the shards that count: the paper's naive averaging, and the score of prod_i p_i^(1/S) at t = 0."""
@@ -78,7 +79,7 @@ class Equal(_Stateless):
     return jnp.zeros_like(log_prior)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fixed(_Stateless):
   """The user's own proportions in place of lambda_i, whatever the image: a la carte."""
@@ -89,7 +90,7 @@ class Fixed(_Stateless):
     return jnp.broadcast_to(jnp.log(self.values)[:, None], log_prior.shape)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Exact(_Stateless):
   """Eq. 5 with densities that are known."""
@@ -100,7 +101,7 @@ class Exact(_Stateless):
     return log_prior + self.log_densities(x, sigma)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class ByClassifier(_Stateless):
   """The posterior by a classifier of noisy images, whose least cross-entropy is the exact one (section 3).
@@ -136,7 +137,7 @@ class ByClassifier(_Stateless):
     return log_prior + jnp.where(jnp.isfinite(prior), found - prior, -jnp.inf)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Columns:
   """A classifier of noisy images of which only some logits are wanted, in this order: that of fewer shards than it was trained on."""
@@ -148,7 +149,7 @@ class Columns:
     return self.classifier(x, sigma)[:, self.columns]
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class AlongPath:
   """The posterior by log-densities that are followed along a reverse SDE, up to what all shards have in common.
@@ -198,7 +199,7 @@ SCHEDULES = ("constant", "noise", "gaussian")
 DISTANCES = ("min", "mean")
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Nearest:
   """Softmax of minus the distance of the denoised image to centroids of each shard, in some space of features (section 3).
@@ -267,7 +268,7 @@ class Nearest:
     return jnp.where(sigma > self.warm_up, log_prior, logits)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Largest:
   """The k largest of other weights in every image, and 0 for the rest; all shards are evaluated (`mixture.TopShards` does not)."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_trustdiff.diffusion.processes import IDDPM, VP, Discrete, Process, TableProcess
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import DiffusionNetwork, InputError, Labels, Sigma, Signed, Variables
 
 Coefficient = Float[Array, "..."]
@@ -188,7 +189,7 @@ PRECONDITIONINGS = {
 }
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Denoiser:
   """A `DenoiseFn` that is a pytree: D(x; sigma) = skip * x + out * F(input * x; noise) (Karras et al. 2022, eq. 7).

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from jax_trustdiff.diffusion.denoisers import Denoiser, EDMPreconditioning, Preconditioning
 from jax_trustdiff.diffusion.losses import DenoisingLoss
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import (
   DenoiseFn,
   InputError,
@@ -33,7 +34,7 @@ from jax_trustdiff.types import (
 NoisyLogitsFn = Callable[[jax.Array, jax.Array], jax.Array]  # (x, sigma) in EDM convention -> Logits
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassifierFreeGuidance:
   """D = D_u + scale (D_c - D_u) where sigma_min < sigma <= sigma_max, and D_c elsewhere.
@@ -54,7 +55,7 @@ class ClassifierFreeGuidance:
     return _extrapolate(self.conditional(x, sigma), self.unconditional(x, sigma), scale)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelGuidance:
   """`ClassifierFreeGuidance` by one network: D_c has the denoiser's class labels, D_u zeros in their place.
@@ -83,7 +84,7 @@ class LabelGuidance:
     return _extrapolate(found[:, 0], found[:, 1], scale)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class AutoGuidance:
   """D = D_guide + scale (D_main - D_guide): away from a worse version of the model (Karras et al. 2024, arXiv:2406.02507).
@@ -99,7 +100,7 @@ class AutoGuidance:
     return _extrapolate(self.main(x, sigma), self.guide(x, sigma), self.scale)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassifierGuidance:
   """D + scale sigma^2 grad_x log p(y | x; sigma): the score of p(x; sigma) p(y | x; sigma)^scale.
@@ -117,7 +118,7 @@ class ClassifierGuidance:
     return self.denoise(x, sigma) + _per_image(self.scale * jnp.square(sigma), x) * gradient
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class DenoisedGuidance:
   """Guidance by a classifier of clean images, that of the denoised estimate: p(y | x; sigma) is taken for p(y | x0 = D(x; sigma)).
@@ -146,7 +147,7 @@ class DenoisedGuidance:
     return x0 + _per_image(self.scale * jnp.square(sigma), x0) * pull_back(gradient)[0].astype(x0.dtype)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class NoisyClassifier:
   """A classifier told the noise level, with its variables: (x = x0 + sigma * noise, sigma > 0) -> Logits; a pytree.
@@ -168,7 +169,7 @@ class NoisyClassifier:
     return self.network.apply(self.variables, _per_image(c.input, x) * x, c.noise, self.dropout_key)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class NoisyLogProb:
   """(x, sigma) -> log p(y | x; sigma) [b] of a noise-conditional classifier, in nats."""
@@ -180,7 +181,7 @@ class NoisyLogProb:
     return _log_prob(self.classifier(x, sigma), self.labels)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class CleanLogProb:
   """x0 in [-1, 1] -> log p(y | x0) [b] of a LogitsFn, in nats; what lies outside is not clipped, so that it has a gradient."""
@@ -192,7 +193,7 @@ class CleanLogProb:
     return _log_prob(self.logits_fn(to_unit(x0)), self.labels)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Guided:
   """A denoiser with its guidance, whose labels are not known yet: `with_labels` gives the DenoiseFn; a pytree.

@@ -5,10 +5,11 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float
 
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import InputError
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class Known:
   """The pixels that an image must have; an argument of every fixed-grid sampler: `sampler(denoise, noise, keys, known=...)`.

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Key
 
 from jax_trustdiff.diffusion.adaptive import AdaptiveODESampler
 from jax_trustdiff.diffusion.samplers import EDMSampler
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import Bytes, DenoiseFn, InputError, PerExample, Sigma, Signed
 
 DEQUANTISATION_KEY = 2**31 - 3  # folded into an image's key: no number of a probe
@@ -158,7 +159,7 @@ def dequantise(images: Bytes, keys: Key[Array, "b"]) -> Signed:
   return jax.vmap(one)(images, keys)
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Flow:
   """The ODE of (x, log-density) as a DenoiseFn: y [b 1 1 d+1] is the flattened image and a running integral.

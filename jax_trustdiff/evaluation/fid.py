@@ -13,12 +13,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import InputError
 
 CHUNK = 4096  # features of one matrix product of `moments`: adding up a d x d matrix for fewer takes longer
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class PixelFeatures:
   """Images uint8 [b h w c] -> features [b h*w*c] in float32: the pixels in [0, 1], without any network.

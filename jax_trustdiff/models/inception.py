@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key, Shaped
 
 from jax_trustdiff.models import layers
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import InputError, Variables
 
 SIZE = 299
@@ -25,7 +26,7 @@ EPS = 1e-3
 Pool = Callable[[jax.Array], jax.Array]
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class InceptionFeatures:
   """Images uint8 [b h w c] -> features [b 2048] in float32; a callable pytree whose leaves are the variables.

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key, Shaped
 
 from jax_trustdiff.models import layers
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import InputError, Variables
 
 # mean and standard deviation of ImageNet's channels, for images in [-1, 1], as published
@@ -21,7 +22,7 @@ SCALE = (0.458, 0.448, 0.450)
 TINY = 1e-20  # beside squared norms, so that features that are all zero stay zero and have a gradient
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class PerceptualDistance:
   """Signed images x, y [b h w c] -> LPIPS distances [b], at least 0; a callable pytree whose leaves are the variables.

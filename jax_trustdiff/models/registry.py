@@ -13,6 +13,7 @@ from jax_trustdiff.models.noise_classifier import NoiseClassifier
 from jax_trustdiff.models.preact_resnet import PreActResNet
 from jax_trustdiff.models.watermark_codec import ResidualCodec, StampCodec
 from jax_trustdiff.models.wide_resnet import WideResNet
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import (
   Classifier,
   DiffusionNetwork,
@@ -38,7 +39,7 @@ GRAPHS = {"graph": GraphClassifier}  # what only a file describes
 Network = Classifier | DiffusionNetwork | NoiseConditionalClassifier | WatermarkCodec
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class BoundClassifier:
   """A `LogitsFn` that is a pytree: its leaves are the variables, its structure holds the network.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jax_trustdiff import parallel
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.training.ema import power_update
 from jax_trustdiff.types import OBJECTIVE, PyTree, Variables
 
@@ -17,7 +18,7 @@ LossFn = Callable[[PyTree, PyTree, Any, jax.Array, jax.Array], tuple[jax.Array, 
 StepFn = Callable[["TrainState", Any], tuple["TrainState", dict]]
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class TrainState:
   """Everything a run needs to go on exactly where it was."""

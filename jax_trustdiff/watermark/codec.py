@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, Shaped
 
+from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import Bits, InputError, Logits, Unit, Variables, WatermarkCodec
 from jax_trustdiff.watermark.distortions import quantise
 
 NOT_YET = -1  # the counter of a gate that is shut
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class BoundCodec:
   """A codec with its variables, as a pytree: the variables are its leaves."""
