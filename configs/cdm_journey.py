@@ -7,8 +7,9 @@ a planted picture among the eights: five shards of two digits each, without labe
 
 Stages, each a run of its own in a folder of the workdir: shards and monolithic (cdm_train.py), classifier (cdm_classifier.py), judge
 (at_cifar.py: a classifier that has no part in it), images and attributed (cdm_attribute.py), without_canary and without_source (cdm_forget.py), added
-(cdm_add.py), verified (cdm_verify.py, every shard trained again and compared). Rows: images of every composition (cdm_compose.py), with
-KID and FID of their pixels against all training digits, the planted picture's rate, and the share of copies.
+(cdm_add.py), verified (cdm_verify.py, the shards of the forgotten picture and of what was added trained again and compared). Rows: images of every composition (cdm_compose.py), with
+KID and FID of their pixels against what all shards were trained on, the planted picture with its copies too; then the planted picture's rate, and the
+share of copies.
 
 Variants:
   cpu    1000 images of each composition
@@ -29,11 +30,12 @@ def get_config(variant: str = "") -> ConfigDict:
   smoke = "smoke" in names
   kind = "smoke" if smoke else "digits"
   data = "data.name=planted,data.copies=100,data.label=8"
+  replay = "again" if smoke else "(8+9,again)"
   planted = 1437 + 99  # the last copy stands for all: they are one content
   train = f"configs/cdm_train.py:{kind},{data},diffusion.conditional=False,shards.num_slices=2"
   classifier = f"configs/cdm_classifier.py:{kind},cdm.path={{shards}}"
   judge = (
-    "configs/at_cifar.py:digits,objective.name=standard,objective.label_smoothing=0.0,train.num_epochs=30"
+    f"configs/at_cifar.py:digits,{data},objective.name=standard,objective.label_smoothing=0.0,train.num_epochs=30"
   )
   compose = f"configs/cdm_compose.py:{kind},generate.labels=none,cdm.path="
   attribute = f"configs/cdm_attribute.py:{kind},cdm.path={{shards}},images.path={{images}}/images,judge={{judge}}/export"
@@ -47,7 +49,7 @@ def get_config(variant: str = "") -> ConfigDict:
     quality += "metrics.kid_subsets=2,metrics.kid_subset_size=16"
     memory += "memorisation.neighbours=10"
   else:
-    quality += "metrics.kid_subsets=100,metrics.kid_subset_size=500"
+    quality += f"{data},metrics.kid_subsets=100,metrics.kid_subset_size=500"
     memory += f"{data},memorisation.num_generated=0"
   stages = dict(
     shards=train,
@@ -59,12 +61,11 @@ def get_config(variant: str = "") -> ConfigDict:
     without_canary=f"configs/cdm_forget.py:cdm.path={{shards}},cdm.copy=True,forget.positions='{planted}'",
     without_source="configs/cdm_forget.py:cdm.path={without_canary}/bundle,cdm.copy=True,forget.shards=6+7",
     added="configs/cdm_add.py:cdm.path={without_source}/bundle,cdm.copy=True,data.name=digits,shards.classes=(6,7),shards.name=again",
-    verified=f"configs/cdm_verify.py:cdm.path={{added}}/bundle,verify.replay={'again' if smoke else 'all'}",
+    verified=f"configs/cdm_verify.py:cdm.path={{added}}/bundle,verify.replay={replay}",
   )
   rows = dict(
     along_path=f"{compose}{{shards}}",
     by_classifier=f"{compose}{{shards}},mixture.weights=classifier",
-    by_amounts=f"{compose}{{shards}},mixture.weights=prior",
     averaged=f"{compose}{{shards}},mixture.weights=equal",
     random=f"{compose}{{shards}},mixture.weights=random",
     monolithic_model=f"{compose}{{monolithic}},mixture.weights=prior",
