@@ -2,7 +2,7 @@
 
 `jax.tree_util.register_dataclass` compares the fields of two classes and not the classes (seen with jax 0.10: structures of two classes with the
 same fields are equal, their hashes are not), so that a cache of compiled functions, keyed by structures, now and then takes one for the
-other. What is sampled from a mixture with `weights.Prior` was once what `weights.Equal` gave.
+other. A mixture with `weights.Equal`, sampled in the process that had sampled one with `weights.Prior`, once gave the images of that.
 """
 
 import dataclasses
