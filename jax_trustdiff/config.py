@@ -258,15 +258,19 @@ def difference(old: Any, new: Any) -> list[str]:
 
 
 def parse_seeds(seeds: str, default: int, key: str = "seeds") -> tuple[int, ...]:
-  """'0,1,2' -> (0, 1, 2); '' -> (default,). key: that of the config, for error messages."""
-  if not seeds:
-    return (default,)
+  """'0,1,2' -> (0, 1, 2); '' -> (default,). key: that of the config, for error messages.
+
+  InputError for what is no list of different seeds, each at least 0 and below 2**32.
+  """
   try:
-    parsed = tuple(int(s) for s in seeds.strip("()").split(",") if s.strip())
+    parsed = tuple(int(s) for s in seeds.strip("()").split(",") if s.strip()) if seeds else (default,)
   except ValueError:
     raise InputError(f"config key {key!r} takes integers separated by commas, found {seeds!r}") from None
   if len(set(parsed)) != len(parsed):
     raise InputError(f"config key {key!r} names a seed twice: {seeds!r}")
+  for seed in parsed:
+    if not 0 <= seed < 2**32:
+      raise InputError(f"seed must be at least 0 and below 2**32; found {seed}")
   return parsed
 
 

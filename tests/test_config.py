@@ -71,6 +71,9 @@ def test_difference_names_what_changed():
 def test_seeds():
   assert config.parse_seeds("", 7) == (7,)
   assert config.parse_seeds("0,1,2", 7) == (0, 1, 2)
+  for seeds, default in (("", -1), ("0,-1", 0), ("4294967296", 0)):
+    with pytest.raises(InputError, match="seed must be at least 0 and below"):
+      config.parse_seeds(seeds, default)
   for bad in ("0,1,1", "0,x"):
     with pytest.raises(InputError, match="seeds"):
       config.parse_seeds(bad, 0)

@@ -45,7 +45,7 @@ def mixture(
     evaluate = jax.jit(lambda denoise, x, sigma: denoise(x, sigma))
     single = [stacked.common.with_variables(variables) for variables in own]
 
-    def one_by_one(_):
+    def one_by_one():
       return [evaluate(denoise, x, sigma) for denoise in single]
 
     ours = {impl: Mixture(stacked, weights.Equal(), impl=impl) for impl in MEASURED}
@@ -55,11 +55,11 @@ def mixture(
       for name, denoise in ours.items()
     }
     programs |= {
-      "one_by_one": tools.timed(lambda _: (one_by_one(None),), None),
+      "one_by_one": tools.timed(lambda _: (one_by_one(),), None),
       "one": tools.timed(lambda _: (evaluate(single[0], x, sigma),), None),
     }
     seconds = tools.in_turns(programs, rounds, calls_per_round)
-    wanted = np.mean([np.asarray(found) for found in one_by_one(None)], 0)
+    wanted = np.mean([np.asarray(found) for found in one_by_one()], 0)
     figures = {"network/parameters": num_params(own[0])}
     for impl in MEASURED:
       figures |= tools.ratio_figures(impl, seconds[impl], seconds["one_by_one"])

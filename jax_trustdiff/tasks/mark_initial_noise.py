@@ -115,8 +115,7 @@ def _write_store(config, workdir: Workdir, model, images: np.ndarray, ids: np.nd
     provenance={"mark": config.mark.name, "seed": config.seed, "model": str(config.init_from)},
   )
   store = image_store.ImageStore(workdir / "images", plan, store_writing.maker())
-  labels = balanced_labels(ids, num_classes) if num_classes else np.zeros(len(ids), np.int32)
-  store.write(0, images, labels, ids)
+  store.write(0, images, _labels(ids, num_classes), ids)
   store.finish()
 
 
@@ -162,6 +161,11 @@ def _marked(mark, bits: np.ndarray | None, noise: np.ndarray, nonces: np.ndarray
   return np.asarray(mark.mark(bits, jnp.asarray(noise), nonces))
 
 
+def _labels(ids: np.ndarray, num_classes: int) -> np.ndarray:
+  """The classes of samples: of a model without classes all are 0."""
+  return balanced_labels(ids, num_classes) if num_classes else np.zeros(len(ids), np.int32)
+
+
 class _Solver:
   """Noise to images and back, in batches of one shape."""
 
@@ -201,7 +205,7 @@ class _Solver:
     return self._run(self._invert, images, ids, what)
 
   def _run(self, function, x: np.ndarray, ids: np.ndarray, what: str) -> np.ndarray:
-    labels = balanced_labels(ids, self._num_classes) if self._num_classes else np.zeros(len(ids), np.int32)
+    labels = _labels(ids, self._num_classes)
     parts = []
     with ProgressReport(what, len(x)) as progress:
       for start in range(0, len(x), self._size):

@@ -20,9 +20,6 @@ def run(task: Callable[..., dict[str, float]], config, workdir: Workdir) -> dict
       "config key 'seeds' is for single runs; the seeds of a sweep's rows are config.sweep_seeds"
     )
   seeds = config_lib.parse_seeds(config.seeds, config.seed)
-  for seed in seeds:
-    if not 0 <= seed < 2**32:
-      raise InputError(f"seed must be at least 0 and below 2**32; found {seed}")
   if len(seeds) == 1:
     if config.seeds:
       raise InputError(
