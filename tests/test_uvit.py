@@ -260,8 +260,9 @@ def test_refuses_unknown_sizes_and_conditions_it_does_not_take():
     UViT(**SMALL, context_shape=(5, 6)).apply(variables, x, t)
 
 
-def test_attention_is_softmax_of_products():
-  q, k, v = (jax.random.normal(jax.random.key(i), (2, n, 3, 8)) for i, n in enumerate((5, 7, 7)))
+@pytest.mark.parametrize("queries, keys", [(5, 7), (300, 290)])  # the second in groups
+def test_attention_is_softmax_of_products(queries, keys):
+  q, k, v = (jax.random.normal(jax.random.key(i), (2, n, 3, 8)) for i, n in enumerate((queries, keys, keys)))
   weights = np.einsum("bnhd,bmhd->bhnm", q, k, dtype=np.float64) / np.sqrt(8)
   weights = np.exp(weights) / np.exp(weights).sum(-1, keepdims=True)
   expected = np.einsum("bhnm,bmhd->bnhd", weights, v)
@@ -269,6 +270,10 @@ def test_attention_is_softmax_of_products():
   low = attention(*(a.astype(jnp.bfloat16) for a in (q, k, v)))
   assert low.dtype == jnp.bfloat16
   np.testing.assert_allclose(low.astype(jnp.float32), expected, atol=0.05)
+  # the sum of the outputs depends on a key's value by the weights that all queries give it
+  gradient = jax.grad(lambda v: attention(q, k, v).sum())(v)
+  np.testing.assert_allclose(gradient, np.broadcast_to(weights.sum(2).swapaxes(1, 2)[..., None], v.shape), rtol=1e-4)
+  assert ("scan" in str(jax.make_jaxpr(attention)(q, k, v))) == (queries == 300)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_groups_of_images_do_not_change_the_result(monkeypatch):
 
   whole = jax.jit(evaluate)(x, kernel)
   asked = []
-  monkeypatch.setattr(layers, "_groups", lambda *args: asked.append(args) or 3)
+  monkeypatch.setattr(layers, "num_groups", lambda *args: asked.append(args) or 3)
   for found, expected in zip(jax.jit(lambda *args: evaluate(*args))(x, kernel), whole, strict=True):
     np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
   assert len(asked) == 3  # value, input gradient, kernel gradient
@@ -135,7 +135,7 @@ def test_groups_of_images_do_not_change_the_result(monkeypatch):
 
 def test_number_of_groups():
   x = jnp.zeros((12, 16, 16, 4))  # 4 KiB an image
-  assert layers._groups(12 * 4096, x) == 1
-  assert layers._groups(12 * 4096 - 1, x) == 2
-  assert layers._groups(3 * 4096, x) == 4
-  assert layers._groups(1, x) == 12
+  assert layers.num_groups(12 * 4096, x) == 1
+  assert layers.num_groups(12 * 4096 - 1, x) == 2
+  assert layers.num_groups(3 * 4096, x) == 4
+  assert layers.num_groups(1, x) == 12

@@ -1,6 +1,6 @@
 """Building blocks of the convolutional networks: a convolution with its own gradient, and BatchNorm.
 
-`conv_general_dilated` replaces `lax.conv_general_dilated` in every convolution of the library.
+`conv_general_dilated` replaces `lax.conv_general_dilated` in every convolutional network of the library.
 XLA:CPU sends the gradients of a convolution that sits inside a `while` body (`fori_loop`, `scan`, a
 diffrax solve) to a naive loop that is tens of times slower than the same gradient outside. Attacks
 and samplers are such loops. Here the gradients are spelled out in operations that stay fast there,
@@ -61,7 +61,7 @@ def conv_general_dilated(
     and lhs.shape[3] == rhs.shape[2]
     and lhs.dtype == rhs.dtype
   )
-  if _lax_alone.get() or not (plain and _traced_for_cpu()):
+  if _lax_alone.get() or not (plain and traced_for_cpu()):
     return lax.conv_general_dilated(
       lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
       feature_group_count, batch_group_count, precision, preferred_element_type,
@@ -82,7 +82,7 @@ def lax_alone() -> Iterator[None]:
     _lax_alone.reset(token)
 
 
-def _traced_for_cpu() -> bool:
+def traced_for_cpu() -> bool:
   """Whether a program traced now runs on the CPU, unless its inputs are committed to another platform.
 
   A trace-time check keeps the jaxpr half as long as `lax.platform_dependent` would (each layer would
@@ -103,8 +103,8 @@ def _conv(strides: tuple[int, int], pads: Pads, precision: Any, x: jax.Array, ke
     y = lax.dot(x.reshape(x.shape[0], -1), matrix, precision=precision)
     return y.reshape(x.shape[0], *sizes, kernel.shape[3])
   if _minimal_filtering_pays(strides, x, kernel, 32):
-    groups = _groups(2**21, x)
-    y = lax.map(lambda x: winograd.convolve(x, kernel, pads, precision), _grouped(x, groups))
+    groups = num_groups(2**21, x)
+    y = lax.map(lambda x: winograd.convolve(x, kernel, pads, precision), grouped(x, groups))
     return y.reshape(x.shape[0], *y.shape[2:])
   if _windows_pay(strides, pads, x.shape, kernel):
     sizes = _output_sizes(strides, pads, x.shape, kernel)
@@ -253,9 +253,9 @@ def _kernel_gradient(strides, pads, precision, x, kernel, dy) -> jax.Array:
       found = jnp.stack(list(_tap_gradients(strides, pads, precision, kernel.shape[:2], *group)))
     return total + found.reshape(kernel.shape).astype(total.dtype), None
 
-  groups = _groups(2**20, x, dy)
+  groups = num_groups(2**20, x, dy)
   zeros = jnp.zeros(kernel.shape, wide(x.dtype))
-  return lax.scan(of_group, zeros, (_grouped(x, groups), _grouped(dy, groups)))[0].astype(kernel.dtype)
+  return lax.scan(of_group, zeros, (grouped(x, groups), grouped(dy, groups)))[0].astype(kernel.dtype)
 
 
 def _tap_gradients(strides, pads, precision, size, x, dy) -> Iterator[jax.Array]:
@@ -272,7 +272,7 @@ def _tap_gradients(strides, pads, precision, size, x, dy) -> Iterator[jax.Array]
       )
 
 
-def _groups(max_bytes: int, *arrays: jax.Array) -> int:
+def num_groups(max_bytes: int, *arrays: jax.Array | jax.ShapeDtypeStruct) -> int:
   """In how many equal groups of images to work so that none of the arrays takes more than `max_bytes` in a group.
 
   Groups that fit the cache took between a third and the whole of the time of one large group.
@@ -281,7 +281,8 @@ def _groups(max_bytes: int, *arrays: jax.Array) -> int:
   return next((n for n in range(1, batch + 1) if batch % n == 0 and largest <= n * max_bytes), max(batch, 1))
 
 
-def _grouped(x: jax.Array, groups: int) -> jax.Array:
+def grouped(x: jax.Array, groups: int) -> jax.Array:
+  """[b ...] -> [groups b/groups ...]."""
   return x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
 
 
