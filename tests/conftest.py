@@ -20,6 +20,8 @@ if "XLA_FLAGS" not in os.environ:
 import jax
 import pytest
 
+gc.set_threshold(100_000, 20, 50)  # tracing makes many objects, and jax looks after its own at every collection
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LONG = pytest.mark.skipif(not os.environ.get("TRUSTDIFF_LONG"), reason="minutes: set TRUSTDIFF_LONG=1")
 

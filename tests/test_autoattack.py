@@ -288,10 +288,10 @@ def test_chunks_and_order_make_no_difference(norm):
   options = dict(norm=norm, radius=RADII[norm], version=small_attacks(norm, RADII[norm]))
   ids = np.arange(100, 100 + len(x))
   whole = quietly(chunk_size=100, **options)(classifier, x, y, KEY, ids=ids)
-  for chunk_size in (1, 16):
-    part = quietly(chunk_size=chunk_size, **options)(classifier, x, y, KEY, ids=ids)
-    np.testing.assert_array_equal(part.broken_by, whole.broken_by)
-    np.testing.assert_allclose(part.x_adv, whole.x_adv, atol=1e-5)
+  for chunk_size, n in ((1, 12), (16, len(x))):
+    part = quietly(chunk_size=chunk_size, **options)(classifier, x[:n], y[:n], KEY, ids=ids[:n])
+    np.testing.assert_array_equal(part.broken_by, whole.broken_by[:n])
+    np.testing.assert_allclose(part.x_adv, whole.x_adv[:n], atol=1e-5)
   order = np.random.RandomState(0).permutation(len(x))[:25]
   some = quietly(chunk_size=16, **options)(classifier, x[order], y[order], KEY, ids=ids[order])
   np.testing.assert_array_equal(some.broken_by, whole.broken_by[order])

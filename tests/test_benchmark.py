@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import LONG
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
@@ -293,7 +294,8 @@ def test_nothing_can_break_the_fresh_network(dtype):
 
 @pytest.mark.slow
 @pytest.mark.computes
-def test_autoattack_is_timed_beside_its_peer(tmp_path):
+@pytest.mark.parametrize("version", ["rapid", pytest.param("standard", marks=LONG)])
+def test_autoattack_is_timed_beside_its_peer(tmp_path, version):
   """The same graph and images, so the same verdicts."""
   r = np.random.RandomState(0)
   nodes = [
@@ -310,7 +312,7 @@ def test_autoattack_is_timed_beside_its_peer(tmp_path):
   logits = bind(*graph_npz.load_graph(tmp_path / "net.npz"))(jnp.asarray(images, jnp.float32) / 255)
   np.savez(tmp_path / "test.npz", image=images, label=np.asarray(logits.argmax(1)))
   settings = dict(graph=str(tmp_path / "net.npz"), data_path=str(tmp_path), num_images=24, radius=0.01)
-  found = measured(tmp_path, "autoattack,smoke", **settings, version="standard", batch_size=24)
+  found = measured(tmp_path, "autoattack,smoke", **settings, version=version, batch_size=24)
   assert found["num_images"] == 24 and 0 < found["robust"] < 24
   if importlib.util.find_spec("torch") and importlib.util.find_spec("pyautoattack"):
     assert abs(found["torch_robust"] - found["robust"]) <= 1 and found["verdicts_that_differ"] <= 1

@@ -48,7 +48,6 @@ def test_notebook_is_stripped_and_well_formed(notebook):
 
 
 @pytest.mark.slow
-@pytest.mark.computes
 def test_quickstart_runs(tmp_path, monkeypatch):
   (notebook,) = [n for n in NOTEBOOKS if n.stem == "quickstart"]
   monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import sklearn.datasets
 from conftest import shared_dir
 from data_checks import assert_holds, images_labels, source_of
 from PIL import EpsImagePlugin, Image
@@ -140,6 +141,13 @@ def test_digits():
     round(v * 255 / 16) for v in range(17)
   }
   assert list(train.labels[:8]) == [2, 8, 2, 6, 6, 7, 1, 9]  # the order never changes
+  theirs = sklearn.datasets.load_digits()
+  theirs = [
+    (np.round(image * 255 / 16).astype(np.uint8).tobytes(), label)
+    for image, label in zip(theirs.images, theirs.target, strict=True)
+  ]
+  ours = [(s.images[[i]].tobytes(), s.labels[i]) for s in (train, test) for i in range(len(s))]
+  assert sorted(ours) == sorted(theirs)
   small = SOURCES["npz_or_digits"](num_classes=10, split="test", class_names=train.class_names)
   assert len(small) == 360 and small.class_names == train.class_names
   with pytest.raises(InputError, match="digits, of 10 classes; num_classes=3, expected 10 or 0"):

@@ -21,8 +21,6 @@ from jax_trustdiff.interop import export, graph_npz, pretrained, robustbench
 from jax_trustdiff.models.registry import bind
 from jax_trustdiff.types import InputError
 
-pytestmark = pytest.mark.computes
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("TRUSTDIFF_KILLS", "2"))
 MODEL = dict(depth=10, width=1, mean=(0.5,), std=(0.5,))
@@ -195,6 +193,7 @@ def test_the_published_leaderboard():
 
 
 @pytest.mark.slow
+@pytest.mark.computes
 def test_a_published_accuracy_on_the_full_test_set(tmp_path):
   """The VNN-COMP network trained at 2/255: 69.25 % of CIFAR-10, to the image."""
   folder = shared_dir("data", "cifar10")

@@ -10,6 +10,7 @@ the training split, for the test split to number its labels by; `num_classes` 0 
 
 import dataclasses
 import glob
+import importlib.util
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -203,15 +204,15 @@ def digits(*, split: str = "train", class_names: tuple[str, ...] = ()) -> ImageS
   and the test images are the last of each class in it.
   """
   check_split(split)
-  from sklearn.datasets import load_digits
-
-  bunch = load_digits()
-  order = np.random.RandomState(0).permutation(len(bunch.target))  # this generator's stream never changes
-  test = np.concatenate([np.flatnonzero(bunch.target[order] == digit)[-36:] for digit in range(10)])
+  file = pathlib.Path(importlib.util.find_spec("sklearn").origin).parent / "datasets" / "data" / "digits.csv.gz"
+  table = np.loadtxt(file, np.int32, delimiter=",")  # importing scikit-learn for it takes more than a second
+  order = np.random.RandomState(0).permutation(len(table))  # this generator's stream never changes
+  values, labels = table[order, :-1], table[order, -1]
+  test = np.concatenate([np.flatnonzero(labels == digit)[-36:] for digit in range(10)])
   is_test = np.isin(np.arange(len(order)), test)
-  images = np.round(bunch.images[order] * 255 / 16).astype(np.uint8)[..., None]
+  images = np.round(values.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
   names = agreed_names(tuple("0123456789"), class_names, "digits")
-  whole = image_source([images], [bunch.target[order]], "digits", 10, names)
+  whole = image_source([images], [labels], "digits", 10, names)
   return whole.select(np.flatnonzero(is_test == (split == "test")))
 
 
