@@ -26,7 +26,10 @@ ConfigDict = ml_collections.ConfigDict
 # Which registry a section chooses from, and the arguments that do not come from the config but from the wiring.
 # Looked up only when a name is overridden.
 SECTIONS = {
-  "model": ("jax_trustdiff.models.registry:NETWORKS", ("num_classes", "image_shape", "num_augment_labels")),
+  "model": (
+    "jax_trustdiff.models.registry:NETWORKS",
+    ("num_classes", "image_shape", "num_augment_labels", "backbone"),
+  ),
   "adapter": ("jax_trustdiff.models.adapters:ADAPTERS", ("backbone",)),
   "diffusion.preconditioning": ("jax_trustdiff.diffusion.denoisers:PRECONDITIONINGS", ()),
   "diffusion.loss": ("jax_trustdiff.diffusion.losses:LOSSES", ()),

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Integer, Key, UInt8
 PyTree = Any
 Variables = dict[str, Any]  # {'params': ..., 'batch_stats': ...}, nested dicts of arrays
 OBJECTIVE = "objective"  # the collection beside a network's own that a training objective keeps its state in
+BACKBONE = "backbone"  # the collection of a frozen network's variables: in no checkpoint, since nothing changes them
 
 Image = Float[Array, "b h w c"]  # of any range: a gradient, a difference, a start outside the cube
 Unit = Float[Array, "b h w c"]

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -413,6 +414,49 @@ def test_the_classifier_knows_shards_with_classes(classified):
   chosen = cdm_classifier.load(Bundle(path), ["2+3", "0+1"])
   one, other = (np.asarray(chosen.log_training_prior), np.log(np.maximum(counts, 1e-30) / counts.sum()))
   np.testing.assert_allclose(one[0, 2:], other[1, 2:], rtol=1e-5)
+
+
+def test_a_head_on_the_backbone_weighs_its_adapters(trained, data, tmp_path):
+  other = Bundle(trained[0])
+  start = {
+    "init_from": str(other.path / other.manifest["shards"]["0+1"]["folder"] / "export"),
+    "adapter.name": "lora",
+    "shards.num_slices": 1,
+    "train.num_epochs": 1,
+  }
+  path = tmp_path / "bundle"
+  complete(cdm_train, path, train_config(data, **start))
+  small = {
+    "cdm.path": str(path),
+    "train.num_images": 640,
+    "train.num_validation": 32,
+    "model.embed_dim": 16,
+  }
+  config = config_lib.load("configs/cdm_classifier.py:head,smoke", small)
+  metrics = complete(cdm_classifier, tmp_path / "run", config)
+  assert metrics["loss"] < metrics["first/loss"]
+  d, k = 16, 2 * 4  # tokens of the backbone and of the head are of 16 channels; shards with classes
+  block = 4 * d + 3 * d * d + d * d + d + 8 * d * d + 5 * d
+  assert metrics["num_params"] == d * d + d + block + 2 * d + d * k + k
+  found = cdm_classifier.load(Bundle(path), ["0+1", "2+3"]).classifier.classifier
+  backbone = Bundle(path).plain_backbone()
+  for one, same in zip(jax.tree.leaves(found.variables["backbone"]), jax.tree.leaves(backbone), strict=True):
+    np.testing.assert_array_equal(one, same)
+  run = compose_config(path, **{"mixture.weights": "classifier", "mixture.impl": "vmap"})
+  assert complete(cdm_compose, tmp_path / "images", run)["num_images"] == 32
+  of_images = {"cdm.path": str(path), "images.name": "npz", "images.path": str(data), "attribute.method": "path"}
+  config = config_lib.load("configs/cdm_attribute.py:smoke", of_images)
+  assert complete(cdm_attribute, tmp_path / "credit", config)["posterior/0+1"] > 0
+  last = int(Bundle(path).data(0).of("2+3")[-1])
+  forget(Bundle(path), tmp_path, positions=str(last))
+  assert verify(Bundle(path), tmp_path, replay="2+3")["faults"] == 0
+  config = config_lib.load("configs/cdm_classifier.py:head,smoke", small | {"cdm.path": str(other.path)})
+  with pytest.raises(InputError, match="has none: model.name=noise_classifier"):
+    complete(cdm_classifier, tmp_path / "none", config)
+  other_noise = {"diffusion.preconditioning.sigma_data": 0.25}
+  config = config_lib.load("configs/cdm_classifier.py:head,smoke", small | other_noise)
+  with pytest.raises(InputError, match="the backbone was trained with"):
+    complete(cdm_classifier, tmp_path / "other", config)
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,24 @@ def test_stop_and_resume_is_bit_for_bit(tmp_path, per_dispatch):
   assert lines(tmp_path / "a") == lines(tmp_path / "b")
 
 
+def test_a_frozen_network_is_in_no_checkpoint_and_there_again(tmp_path, monkeypatch):
+  plain = init
+
+  def with_backbone(key):
+    return plain(key) | {"backbone": {"shift": jax.random.normal(jax.random.fold_in(key, 1), (64,))}}
+
+  monkeypatch.setattr(sys.modules[__name__], "init", with_backbone)
+  expected = Run(tmp_path / "a")()
+  assert expected.collections["backbone"]["shift"].shape == (64,)
+  run = Run(tmp_path / "b")
+  signal_at(run, 7)
+  with pytest.raises(Stopped):
+    run()
+  stored = "".join(p.read_text() for p in (tmp_path / "b" / "checkpoints").rglob("_METADATA"))
+  assert "kernel" in stored and "backbone" not in stored
+  assert bits(Run(tmp_path / "b")()) == bits(expected)
+
+
 def test_ctrl_c_saves_and_stops_with_its_own_exit_code(tmp_path):
   run = Run(tmp_path)
   signal_at(run, 12, signal.SIGINT)

@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_trustdiff.models.linen import check
-from jax_trustdiff.types import DiffusionNetwork, Variables
-
-BACKBONE = "backbone"
+from jax_trustdiff.types import BACKBONE, DiffusionNetwork, Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +37,11 @@ class _Adapted:
   def num_augment_labels(self) -> int:
     """0: not conditioned on augmentations."""
     return self.backbone.num_augment_labels
+
+  @property
+  def dtype(self) -> str:
+    """Of the activations."""
+    return self.backbone.dtype
 
   def init(self, key: jax.Array) -> Variables:
     """Fresh adapters on a fresh backbone; `on` puts them on a trained one."""

@@ -11,6 +11,7 @@ from jax_trustdiff.models import edm_unet, layers, uvit
 from jax_trustdiff.models.graph_classifier import GraphClassifier
 from jax_trustdiff.models.noise_classifier import NoiseClassifier
 from jax_trustdiff.models.preact_resnet import PreActResNet
+from jax_trustdiff.models.uvit_head import UViTHead
 from jax_trustdiff.models.watermark_codec import ResidualCodec, StampCodec
 from jax_trustdiff.models.wide_resnet import WideResNet
 from jax_trustdiff.pytrees import register_pytree
@@ -32,7 +33,7 @@ DIFFUSION_NETWORKS = {
   "adm": edm_unet.adm,
   "uvit": uvit.uvit,
 }
-NOISE_CLASSIFIERS = {"noise_classifier": NoiseClassifier}
+NOISE_CLASSIFIERS = {"noise_classifier": NoiseClassifier, "uvit_head": UViTHead}
 CODECS = {"residual_codec": ResidualCodec, "stamp_codec": StampCodec}
 NETWORKS = MODELS | DIFFUSION_NETWORKS | NOISE_CLASSIFIERS | CODECS  # what a config can ask for
 GRAPHS = {"graph": GraphClassifier}  # what only a file describes

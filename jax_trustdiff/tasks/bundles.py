@@ -38,12 +38,12 @@ from jax_trustdiff.cdm import shards as cdm_shards
 from jax_trustdiff.diffusion.denoisers import Denoiser
 from jax_trustdiff.diffusion.losses import LOSSES
 from jax_trustdiff.interop import export, safetensors_io
-from jax_trustdiff.models.adapters import ADAPTERS, BACKBONE
+from jax_trustdiff.models.adapters import ADAPTERS
 from jax_trustdiff.tasks import compartments, denoisers
 from jax_trustdiff.tasks.compartments import Compartments
 from jax_trustdiff.tasks.train_diffusion import Model
 from jax_trustdiff.training.workdir import Workdir, locked, write_atomically
-from jax_trustdiff.types import InputError, Variables
+from jax_trustdiff.types import BACKBONE, InputError, Variables
 
 MANIFEST, SALT, BACKBONE_FILE = "manifest.json", "salt.txt", "backbone.safetensors"
 ADAPTER, IMAGES = "adapter.safetensors", "images.json"

@@ -4,6 +4,9 @@ Golatkar et al. 2024 (arXiv:2308.01937, section 3). It is trained on the images 
 it was made of, and when one of these is forgotten it is deleted.
 """
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -11,10 +14,11 @@ from jax_trustdiff import config as config_lib
 from jax_trustdiff.cdm import manifest as manifest_lib
 from jax_trustdiff.cdm import weights
 from jax_trustdiff.data import records
-from jax_trustdiff.tasks import image_training, noise_classifiers, train_noise_classifier
+from jax_trustdiff.models.uvit import UViT
+from jax_trustdiff.tasks import denoisers, image_training, noise_classifiers, train_noise_classifier
 from jax_trustdiff.tasks.bundles import Bundle, file_digests
 from jax_trustdiff.training.workdir import Workdir, locked
-from jax_trustdiff.types import InputError
+from jax_trustdiff.types import InputError, Variables
 
 NAME = "classifier"
 
@@ -22,7 +26,8 @@ NAME = "classifier"
 def run(config, workdir: Workdir) -> dict[str, float]:
   """Trains the classifier of the bundle config.cdm.path in the bundle, and returns the metrics of `train_noise_classifier.fit`.
 
-  Its classes are the shards or, where their networks are conditional, shards with classes: from these w_t(x, i | c) follows.
+  Its classes are the shards or, where their networks are conditional, shards with classes: from these w_t(x, i | c) follows. Of
+  model.name=uvit_head it is a head on the middle features of the bundle's backbone.
   """
   path = Bundle(config.cdm.path).path
   with locked(path):
@@ -33,12 +38,13 @@ def run(config, workdir: Workdir) -> dict[str, float]:
       source, config.train.num_validation, config.train.validation_split
     )
     data = image_training.Data(train, validation)
+    backbone = _backbone(bundle, config) if config.model.name == "uvit_head" else None
     made_of = {name: bundle.manifest["shards"][name]["parameters"] for name in names}
     version = len(bundle.manifest["deletions"])
     folder = f"artefacts/{NAME}-{version}-{manifest_lib.digest([made_of, config_lib.to_plain(config)])[:12]}"
     workdir.open()
     inner = Workdir(path / folder, config)
-    metrics = inner.complete(lambda: train_noise_classifier.fit(config, inner, data))
+    metrics = inner.complete(lambda: train_noise_classifier.fit(config, inner, data, backbone))
     inner.close()
     counts = np.bincount(train.labels, minlength=source.num_classes).reshape(len(names), -1)
     bundle.manifest["artefacts"][NAME] = {
@@ -76,6 +82,27 @@ def load(bundle: Bundle, names: list[str]) -> weights.ByClassifier:
   return weights.ByClassifier(
     weights.Columns(classifier, jnp.asarray(columns)), jnp.asarray(prior, jnp.float32)
   )
+
+
+def _backbone(bundle: Bundle, config) -> tuple[UViT, Variables]:
+  """The network that all shards start from or adapt, without prompts; InputError where its features are not to be had."""
+  training, origin = bundle.training, bundle.manifest["origins"][0]
+  if bundle.backbone is None or training.model.name != "uvit":
+    raise InputError(
+      f"model.name=uvit_head stands on the U-ViT that shards start from or adapt, and {bundle.path} has none: "
+      "model.name=noise_classifier is a network of its own"
+    )
+  theirs, ours = (
+    denoisers.build_preconditioning(one.diffusion.preconditioning) for one in (training, config)
+  )
+  if theirs != ours:
+    raise InputError(f"the backbone was trained with {theirs}, and diffusion.preconditioning is {ours}")
+  classes = origin["num_classes"] if training.diffusion.conditional else 0
+  network = denoisers.build_network(training.model, tuple(origin["image_shape"]), classes)
+  plain = dataclasses.replace(network, prompt_length=0, prompts_per_class=False, label_dropout=0.0)
+  found = bundle.plain_backbone()
+  wanted = jax.eval_shape(plain.init, jax.random.key(0))["params"]
+  return plain, {"params": {name: found["params"][name] for name in wanted}}
 
 
 def _images(bundle: Bundle, names: list[str]) -> records.ImageSource:

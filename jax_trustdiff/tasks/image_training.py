@@ -144,11 +144,12 @@ def train(
   workdir: Workdir,
   validate: Validate,
   private: bool = False,
+  backbone: Variables | None = None,
 ) -> tuple[Variables, dict[str, float]]:
   """(averaged variables on the host, metrics) at the end of the training, or of what the workdir's checkpoint left of it.
 
   The metrics are those of `validate` at the end and, as first/..., at the first validation, with num_steps and num_params.
-  private: nobody but their owner may read the checkpoints. InputError, before anything is written, for an init_from or a batch that does not
+  private: nobody but their owner may read the checkpoints. backbone: the variables of the frozen network inside, if there is one. InputError, before anything is written, for an init_from or a batch that does not
   fit.
   """
   variables = _initial_variables(config, network) if config.init_from else None
@@ -163,6 +164,8 @@ def train(
   fresh = state.create_sharded(*arguments, jax.random.key(config.seed), *placed)
   if variables is not None:
     fresh = state.with_variables(fresh, variables)
+  if backbone is not None:
+    fresh = state.with_backbone(fresh, backbone)
   _say_size(config, network, fresh, data, trainer)
   with Checkpoints(workdir / "checkpoints") as checkpoints, contextlib.closing(trainer.feed):
     last = loop.fit(

@@ -1,5 +1,6 @@
 """Classifiers of noisy images from configs and from files, and the guidance of a diffusion model by one."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -14,21 +15,29 @@ from jax_trustdiff.diffusion.guidance import NoisyClassifier
 from jax_trustdiff.interop import export
 from jax_trustdiff.interop.network_weights import about as naming
 from jax_trustdiff.models.registry import NETWORKS, NOISE_CLASSIFIERS
+from jax_trustdiff.models.uvit import UViT
+from jax_trustdiff.models.uvit_head import UViTHead
 from jax_trustdiff.tasks import denoisers
 from jax_trustdiff.types import DiffusionNetwork, InputError, NoiseConditionalClassifier, Variables
 
 KEY = "preconditioning"  # in model.json: what the network sees and is told
 
 
-def build_network(section: denoisers.Section, source: sources.ImageSource) -> NoiseConditionalClassifier:
-  """The network of a section of NOISE_CLASSIFIERS for the images and classes of `source`."""
-  wired = dict(num_classes=source.num_classes, image_shape=source.image_shape)
+def build_network(
+  section: denoisers.Section, source: sources.ImageSource, backbone: UViT | None = None
+) -> NoiseConditionalClassifier:
+  """The network of a section of NOISE_CLASSIFIERS for the images and classes of `source`, on a backbone if one is given."""
+  wired: dict[str, Any] = dict(num_classes=source.num_classes, image_shape=source.image_shape)
+  if backbone is not None:
+    wired["backbone"] = backbone
   return config_lib.build(NOISE_CLASSIFIERS, section, **wired)
 
 
 def model_section(section: denoisers.Section, network: NoiseConditionalClassifier) -> dict[str, Any]:
   """A section of NOISE_CLASSIFIERS completed with what the data decided: what an export stores and is built from."""
   wired = {"num_classes": network.num_classes, "image_shape": network.image_shape}
+  if isinstance(network, UViTHead):
+    wired["backbone"] = dataclasses.asdict(network.backbone)
   return config_lib.to_plain(section) | wired
 
 

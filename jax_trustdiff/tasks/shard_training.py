@@ -18,7 +18,6 @@ from jax_trustdiff.cdm import manifest as manifest_lib
 from jax_trustdiff.cdm import slices
 from jax_trustdiff.data import augment
 from jax_trustdiff.interop import safetensors_io
-from jax_trustdiff.models.adapters import BACKBONE
 from jax_trustdiff.tasks import denoisers
 from jax_trustdiff.tasks.bundles import ADAPTER, IMAGES, Bundle, build_model, environment, file_digests
 from jax_trustdiff.tasks.compartments import Schedule, ShardFeed, sizes_of
@@ -28,7 +27,7 @@ from jax_trustdiff.training.checkpoints import Checkpoints
 from jax_trustdiff.training.ema import half_life_decay
 from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir, write_atomically
-from jax_trustdiff.types import InputError, PyTree, to_signed
+from jax_trustdiff.types import BACKBONE, InputError, PyTree, to_signed
 
 LOCAL_KEYS = "threefry2x32"  # what an image's eight bytes are a key of, whatever jax's default
 
@@ -258,8 +257,7 @@ def build_step(config: Any, model: Model) -> tuple[state.StepFn, Any]:
 
 def _stored(train_state: state.TrainState) -> dict[str, np.ndarray]:
   """The arrays of a training state by name, the frozen backbone left out; keys as their data."""
-  kept = {name: tree for name, tree in train_state.collections.items() if name != BACKBONE}
-  gathered = parallel.gather_to_host(dataclasses.replace(train_state, collections=kept))
+  gathered = parallel.gather_to_host(state.without_backbone(train_state)[0])
   return {name: np.asarray(leaf, order="C") for name, leaf in _named(gathered).items()}
 
 

@@ -17,6 +17,7 @@ from jax_trustdiff.diffusion.denoisers import Preconditioning
 from jax_trustdiff.diffusion.guidance import NoisyClassifier, noisy_cross_entropy
 from jax_trustdiff.diffusion.losses import LOSSES, DenoisingLoss
 from jax_trustdiff.diffusion.solvers import initial_noise
+from jax_trustdiff.models.uvit import UViT
 from jax_trustdiff.tasks import denoisers, image_training, noise_classifiers, reports
 from jax_trustdiff.training import state
 from jax_trustdiff.training.workdir import Workdir
@@ -30,20 +31,25 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   return fit(config, workdir, data)
 
 
-def fit(config, workdir: Workdir, data: image_training.Data) -> dict[str, float]:
+def fit(
+  config, workdir: Workdir, data: image_training.Data, backbone: tuple[UViT, Variables] | None = None
+) -> dict[str, float]:
   """Trains to the end, or goes on from the workdir's checkpoint, and returns the metrics of the averaged parameters.
 
+  backbone: the frozen network that a classifier of features (`UViTHead`) stands on.
   loss, in nats, of the held-out images at noise of the training density, and sigma_<s>_accuracy at each s of eval.sigmas, at
   the end and, as first/..., at the first validation. The averaged parameters of the last step are exported.
   """
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.model, config.mesh.shard)
-  network = noise_classifiers.build_network(config.model, data.train)
+  network = noise_classifiers.build_network(config.model, data.train, backbone and backbone[0])
   preconditioning = denoisers.build_preconditioning(config.diffusion.preconditioning)
   density = config_lib.build(LOSSES, config.diffusion.loss)
   loss = image_training.stateless(make_loss(config, network, preconditioning, density))
   trainer = image_training.build_trainer(config, network.init, loss, data, mesh)
   watch = Watch(config, network, preconditioning, density, data, mesh)
-  variables, metrics = image_training.train(config, network, trainer, data, mesh, workdir, watch)
+  variables, metrics = image_training.train(
+    config, network, trainer, data, mesh, workdir, watch, backbone=backbone and backbone[1]
+  )
   if parallel.is_main_process():
     noise_classifiers.save_noise_classifier(
       workdir / "export",

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax_trustdiff import parallel
 from jax_trustdiff.training.checkpoints import Checkpoints, template
 from jax_trustdiff.training.progress import ProgressReport, duration, say
-from jax_trustdiff.training.state import StepFn, TrainState
+from jax_trustdiff.training.state import StepFn, TrainState, without_backbone
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, PyTree, RunError, Stopped
 
@@ -114,9 +114,11 @@ def fit(
   """
   window = None
   if checkpoints.latest_step() is not None:
-    wanted = template(state)
-    jax.tree.map(lambda x: x.delete(), state)  # else two states would be on the devices
-    state, meta = checkpoints.restore_latest(wanted)
+    moving, frozen = without_backbone(state)
+    wanted = template(moving)
+    jax.tree.map(lambda x: x.delete(), moving)  # else two states would be on the devices
+    moving, meta = checkpoints.restore_latest(wanted)
+    state = dataclasses.replace(moving, collections=moving.collections | frozen)
     window = meta["window"]
     say(f"resuming at step {int(state.step)} of {plan.num_steps}")
   step = int(state.step)
@@ -153,7 +155,8 @@ def fit(
         if found:
           log.write(step, {f"validation/{k}": v for k, v in found.items()})
         meta = {"step": step, "metrics": found, "window": log.window()}
-        checkpoints.save(step, state, meta, score=found.get(score) if score else None)
+        moving, _ = without_backbone(state)
+        checkpoints.save(step, moving, meta, score=found.get(score) if score else None)
         workdir.keep_seconds()
         idle.resume()
         progress.resume()

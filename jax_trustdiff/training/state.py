@@ -11,7 +11,7 @@ import optax
 from jax_trustdiff import parallel
 from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.training.ema import power_update
-from jax_trustdiff.types import OBJECTIVE, PyTree, Variables
+from jax_trustdiff.types import BACKBONE, OBJECTIVE, PyTree, Variables
 
 # (params, collections, batch, key, step) -> (scalar loss, (new collections, metrics: dict of scalars))
 LossFn = Callable[[PyTree, PyTree, Any, jax.Array, jax.Array], tuple[jax.Array, tuple[PyTree, dict]]]
@@ -109,6 +109,19 @@ def with_variables(state: TrainState, variables: Variables) -> TrainState:
     collections=state.collections
     | parallel.place(collections, {k: v for k, v in state.collections.items() if k != OBJECTIVE}),
   )
+
+
+def with_backbone(state: TrainState, backbone: Variables) -> TrainState:
+  """`state` with these variables of its frozen network, each leaf put where it was."""
+  placed = parallel.place(backbone, state.collections[BACKBONE])
+  return dataclasses.replace(state, collections=state.collections | {BACKBONE: placed})
+
+
+def without_backbone(state: TrainState) -> tuple[TrainState, PyTree]:
+  """(what of `state` training changes, the collection of a frozen network, {} if there is none)."""
+  kept = {name: tree for name, tree in state.collections.items() if name != BACKBONE}
+  frozen = {name: tree for name, tree in state.collections.items() if name == BACKBONE}
+  return dataclasses.replace(state, collections=kept), frozen
 
 
 def make_train_step(
