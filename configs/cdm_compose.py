@@ -6,7 +6,8 @@ shards' scores, weighted by how likely the noisy image is from each (eq. 5).
     python -m jax_trustdiff.main --config=configs/cdm_compose.py --config.cdm.path=<bundle> --config.generate.num_images=10000
 
 mixture.weights: 'along_path' follows every shard's log-density along the reverse SDE, needs no other network and knows no other data;
-'classifier' is the paper's (cdm_classifier.py first); 'equal' and 'prior' are naive averaging; 'random' evaluates one shard at a step; 'fixed' is
+'classifier' is the paper's (cdm_classifier.py first); 'nearest' is the paper's for text-to-image, by centroids of each shard's features
+(cdm_centroids.py first); 'equal' and 'prior' are naive averaging; 'random' evaluates one shard at a step; 'fixed' is
 your own choice. mixture.shards composes some of the shards only.
 The store is that of generate_cifar.py, and is evaluated and resumed as there.
 
@@ -35,6 +36,16 @@ def get_config(variant: str = "") -> ConfigDict:
     shards="",  # names by commas; '': all
     weights="along_path",
     proportions=(),  # of 'fixed', one for each shard
+    nearest=dict(  # of 'nearest'
+      temperature=0.05,
+      schedule="noise",  # 'constant' is the paper's; at large noise everything is nearest to some shard
+      spread=1.0,
+      warm_up=1e9,  # the prior above this noise level
+      normalise=True,
+      distance="min",
+      with_prior=False,
+      every=1,
+    ),
     top_k=0,  # the k largest weights of every image alone; 0: all
     impl="map",  # 'map' for convolutional networks, 'vmap' for attention and adapters
   )

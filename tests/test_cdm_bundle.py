@@ -15,6 +15,7 @@ from jax_trustdiff.tasks import (
   bundles,
   cdm_add,
   cdm_attribute,
+  cdm_centroids,
   cdm_classifier,
   cdm_compose,
   cdm_forget,
@@ -414,6 +415,34 @@ def test_the_classifier_knows_shards_with_classes(classified):
   chosen = cdm_classifier.load(Bundle(path), ["2+3", "0+1"])
   one, other = (np.asarray(chosen.log_training_prior), np.log(np.maximum(counts, 1e-30) / counts.sum()))
   np.testing.assert_allclose(one[0, 2:], other[1, 2:], rtol=1e-5)
+
+
+def test_centroids_of_each_shard_weigh_it_and_go_with_it(bundle, tmp_path):
+  path = bundle.path
+  nearest = {"mixture.weights": "nearest"}
+  with pytest.raises(InputError, match=r"no centroids of shard '0\+1' as it is"):
+    complete(cdm_compose, tmp_path / "none", compose_config(path, **nearest))
+  config = config_lib.load("configs/cdm_centroids.py:smoke", {"cdm.path": str(path)})
+  metrics = complete(cdm_centroids, tmp_path / "run", config)
+  assert metrics["num_centroids"] == 4 and min(metrics["own/0+1"], metrics["own/2+3"]) > 0.75
+  found = cdm_centroids.load(Bundle(path), ["2+3", "0+1"], {"temperature": 0.1})
+  data = Bundle(path).data(0)
+  for slot, name in enumerate(("2+3", "0+1")):  # a centroid is a mean of directions of the shard's own images
+    pixels = data.source.take(data.of(name))["image"].reshape(len(data.of(name)), -1) / 255
+    mean = (pixels / np.linalg.norm(pixels, axis=1, keepdims=True)).mean(0)
+    weights = np.linalg.lstsq(np.asarray(found.centroids[slot]).T, mean, rcond=None)[0]
+    np.testing.assert_allclose(weights.sum(), 1, atol=1e-3)
+    np.testing.assert_allclose(np.asarray(found.centroids[slot]).T @ weights, mean, atol=1e-4)
+  assert complete(cdm_compose, tmp_path / "images", compose_config(path, **nearest))["num_images"] == 32
+  assert verify(Bundle(path), tmp_path)["faults"] == 0
+  forget(Bundle(path), tmp_path, positions=str(int(data.of("2+3")[-1])))
+  left = Bundle(path)
+  assert sorted(left.active_artefacts()) == ["centroids/0+1"] and not left.strays()
+  with pytest.raises(InputError, match=r"no centroids of shard '2\+3' as it is"):
+    complete(cdm_compose, tmp_path / "stale", compose_config(path, **nearest))
+  with pytest.raises(InputError, match=r"centroids.per_shard=1000: shard 0\+1 has"):
+    config = config_lib.load("configs/cdm_centroids.py:smoke", {"cdm.path": str(path), "centroids.per_shard": 1000})
+    complete(cdm_centroids, tmp_path / "many", config)
 
 
 def test_a_head_on_the_backbone_weighs_its_adapters(trained, data, tmp_path):

@@ -14,12 +14,12 @@ from jax_trustdiff.cdm.mixture import GuidedMixture, Mixture, RandomShard
 from jax_trustdiff.diffusion.guidance import Guided
 from jax_trustdiff.diffusion.samplers import AncestralSampler
 from jax_trustdiff.diffusion.sde_samplers import PredictorCorrectorSampler
-from jax_trustdiff.tasks import cdm_classifier, denoisers, generate
+from jax_trustdiff.tasks import cdm_centroids, cdm_classifier, denoisers, generate
 from jax_trustdiff.tasks.bundles import Bundle, names_of
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError
 
-WEIGHTS = ("along_path", "classifier", "prior", "equal", "fixed")
+WEIGHTS = ("along_path", "classifier", "nearest", "prior", "equal", "fixed")
 RANDOM = ("random", "random_equal")
 ORDERS = ("mixture_first", "guidance_first")
 NO_GUIDANCE = dict(scale=1.0, sigma_min=0.0, sigma_max=1e9, order="mixture_first")
@@ -34,8 +34,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 def load_mixture(bundle: Bundle, config: Any) -> generate.Model:
   """The mixture that config.mixture and config.guidance describe.
 
-  mixture.shards: names by commas ('': all). weights: of WEIGHTS, where 'classifier' is the bundle's (cdm_classifier.py), and 'fixed' takes
-  mixture.proportions, one for each shard; or of RANDOM, one shard drawn for every step. top_k: only the k largest weights of an image (0: all).
+  mixture.shards: names by commas ('': all). weights: of WEIGHTS, where 'classifier' is the bundle's (cdm_classifier.py), 'nearest' goes by
+  its centroids (cdm_centroids.py) and mixture.nearest, the fields of `weights.Nearest`, and 'fixed' takes mixture.proportions, one for each shard; or of RANDOM, one shard drawn for every step. top_k: only the k largest weights of an image (0: all).
   impl: see `Mixture`. guidance.scale with order 'mixture_first' guides the mixture, with 'guidance_first' every shard.
   """
   section = config.mixture
@@ -115,6 +115,8 @@ def _weights(bundle: Bundle, section: Any, names: list[str]) -> weights.Weights:
       return weights.Fixed(jnp.asarray(section.proportions, jnp.float32))
     case "classifier":
       return cdm_classifier.load(bundle, names)
+    case "nearest":
+      return cdm_centroids.load(bundle, names, config_lib.to_plain(section.nearest))
   raise InputError(f"unknown mixture.weights={section.weights!r}; there are {', '.join((*WEIGHTS, *RANDOM))}")
 
 
