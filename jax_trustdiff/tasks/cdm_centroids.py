@@ -7,7 +7,6 @@ alone; when some of it is forgotten they are deleted, and those of the others st
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -147,14 +146,19 @@ def _report(config, workdir: Workdir, sources, features, found, metrics) -> None
     likeness = _unit(features[name]) @ _unit(found[name]).T
     pictures.append(source.take(likeness.argmax(0))["image"])
   report.image_grid(np.concatenate(pictures), folder / "nearest.png", columns=len(pictures[0]))
-  rows = [[name, str(len(source)), f"{metrics.get(f'own/{name}', 1):.1%}"] for name, source in sources.items()]
+  rows = [
+    [name, str(len(source)), f"{metrics.get(f'own/{name}', 1):.1%}"] for name, source in sources.items()
+  ]
   report.html_report(
     folder / "report.html",
     title="Centroids of the shards",
     summary=f"{config.centroids.per_shard} for each shard, in the features {config.metrics.features.name}.",
     metrics=metrics,
     figures=[
-      (folder / "nearest.png", "The image nearest to each centroid, a row for each shard: " + ", ".join(sources))
+      (
+        folder / "nearest.png",
+        "The image nearest to each centroid, a row for each shard: " + ", ".join(sources),
+      )
     ],
     tables=[("Shards", ["shard", "images", "nearest to one of its own"], rows)],
     config_text=config_lib.to_json(config),
