@@ -19,6 +19,7 @@ from jax_trustdiff.tasks import (
   cdm_classifier,
   cdm_compose,
   cdm_forget,
+  cdm_protect,
   cdm_train,
   cdm_verify,
   generate,
@@ -443,6 +444,30 @@ def test_centroids_of_each_shard_weigh_it_and_go_with_it(bundle, tmp_path):
   with pytest.raises(InputError, match=r"centroids.per_shard=1000: shard 0\+1 has"):
     config = config_lib.load("configs/cdm_centroids.py:smoke", {"cdm.path": str(path), "centroids.per_shard": 1000})
     complete(cdm_centroids, tmp_path / "many", config)
+
+
+def test_images_of_a_product_and_how_far_they_are_from_each_shard(trained, data, tmp_path):
+  config = config_lib.load("configs/cdm_protect.py:smoke", {"cdm.path": str(trained[0])})
+  with pytest.raises(InputError, match=r"shard 0\+1 has no images of class 2"):
+    complete(cdm_protect, tmp_path / "none", config)
+  unconditional = {"diffusion.conditional": False, "shards.num_slices": 1, "train.num_epochs": 1}
+  complete(cdm_train, tmp_path / "bundle", train_config(data, **unconditional))
+  small = {"cdm.path": str(tmp_path / "bundle"), "generate.num_images": 32, "generate.labels": "none"}
+  with pytest.raises(InputError, match="guidance.scale must be 1"):
+    config = config_lib.load("configs/cdm_protect.py:smoke", small | {"guidance.scale": 2.0})
+    complete(cdm_protect, tmp_path / "guided", config)
+  metrics = complete(cdm_protect, tmp_path / "run", config_lib.load("configs/cdm_protect.py:smoke", small))
+  assert metrics["num_images"] == 32 and metrics["nfe"] == 4 + 3  # a step and, but at sigma 0, a move
+  found = np.load(tmp_path / "run/protect.npz")
+  of_first, of_product = found["log_densities_of_first"], found["log_densities_of_product"]
+  assert found["names"].tolist() == ["0+1", "2+3"] and of_first.shape == of_product.shape == (2, 8)
+  assert np.abs(of_first[0] - of_first[1]).max() > 1e-3
+  k = -2 * np.log(np.mean(np.sqrt(np.exp(of_first[1].astype(float) - of_first[0]))))  # of two: Bhattacharyya
+  assert metrics["estimated_k"] == pytest.approx(k, abs=1e-3)
+  log_product = of_product.astype(float).mean(0) + k / 2
+  for name, of_shard in zip(("0+1", "2+3"), of_product, strict=True):
+    assert metrics[f"estimated_kl/{name}"] == pytest.approx((log_product - of_shard).mean(), abs=2e-2)
+  assert (tmp_path / "run/report/divergences.png").is_file()
 
 
 def test_a_head_on_the_backbone_weighs_its_adapters(trained, data, tmp_path):

@@ -67,12 +67,12 @@ def test_a_model_of_whole_times():
   denoise, known = denoisers.load_or_make(config)
   assert denoise.preconditioning.whole_times and known["denoiser"] == {"name": "iddpm"}
   with pytest.raises(InputError, match="continuous_times=True"):
-    evaluate_likelihood._likelihood(config, denoise)
+    evaluate_likelihood.build_likelihood(config, denoise)
   config_lib.override(config, {"continuous_times": True})
   denoise, known = denoisers.load_or_make(config)
   assert not denoise.preconditioning.whole_times
   assert known["denoiser"] == {"name": "iddpm", "whole_times": False}
-  likelihood = evaluate_likelihood._likelihood(config, denoise)
+  likelihood = evaluate_likelihood.build_likelihood(config, denoise)
   assert likelihood.solver.sigma_min == denoise.preconditioning.sigma_min
 
 

@@ -17,7 +17,7 @@ CONFIGS = ROOT / "configs"
 RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.py"))
 
 IN_JOURNEY = ("wm_codec", "wm_embed", "wm_edm", "wm_attack")
-IN_JOURNEY += ("cdm_train", "cdm_classifier", "cdm_centroids", "cdm_compose", "cdm_attribute", "cdm_forget", "cdm_add", "cdm_verify")
+IN_JOURNEY += ("cdm_train", "cdm_classifier", "cdm_centroids", "cdm_compose", "cdm_protect", "cdm_attribute", "cdm_forget", "cdm_add", "cdm_verify")
 MARKS = {"at_cifar": pytest.mark.floor, "cdm_journey": LONG}
 
 

@@ -10,12 +10,9 @@ import jax
 import numpy as np
 
 from jax_trustdiff import config as config_lib
-from jax_trustdiff.diffusion.denoisers import (
-  PRECONDITIONINGS,
-  Denoiser,
-  Preconditioning,
-)
-from jax_trustdiff.diffusion.samplers import SAMPLERS
+from jax_trustdiff.cdm.product import ProductSampler
+from jax_trustdiff.diffusion import samplers
+from jax_trustdiff.diffusion.denoisers import PRECONDITIONINGS, Denoiser, Preconditioning
 from jax_trustdiff.interop import edm_names, edm_snapshot, export, network_weights
 from jax_trustdiff.models.registry import DIFFUSION_NETWORKS
 from jax_trustdiff.types import DiffusionNetwork, InputError, Variables, WatermarkCodec
@@ -44,6 +41,9 @@ def build_network(
 def build_preconditioning(section: Section) -> Preconditioning:
   """The preconditioning of a section of PRECONDITIONINGS."""
   return config_lib.build(PRECONDITIONINGS, section)
+
+
+SAMPLERS = samplers.SAMPLERS | {"product": ProductSampler}
 
 
 def build_sampler(section: Section, preconditioning: Preconditioning) -> Any:

@@ -5,6 +5,7 @@ the code length.
 """
 
 import zlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
 from jax_trustdiff.data import pipeline, records, sources
-from jax_trustdiff.diffusion.likelihood import LIKELIHOODS, dequantise
+from jax_trustdiff.diffusion.likelihood import LIKELIHOODS, ODELikelihood, dequantise
 from jax_trustdiff.diffusion.samplers import SAMPLERS
 from jax_trustdiff.evaluation import report, statistics
 from jax_trustdiff.tasks import denoisers, reports
@@ -34,12 +35,12 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   source = config_lib.build(sources.SOURCES, config.data, split=config.eval.split)
   if config.eval.num_images:
     source = records.limit(source, config.eval.num_images)
-  likelihood = _likelihood(config, denoise)
+  likelihood = build_likelihood(config, denoise)
   _check(config, denoise, source, mesh)
   reports.check(config)
 
   workdir.open()
-  found = _evaluate(config, denoise, source, likelihood, mesh)
+  found = evaluate(denoise, source, likelihood, mesh, config.seed, config.eval.batch_size, config.eval.repeats)
   bits = found["bits_per_dim"].mean(0)
   mean, half_width = statistics.mean_interval(bits.tolist())
   metrics = {
@@ -54,7 +55,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   return metrics
 
 
-def _likelihood(config, denoise):
+def build_likelihood(config, denoise) -> ODELikelihood:
   """The likelihood of its section, with the solver of config.solver within the denoiser's range of sigma."""
   if config.solver.name not in SOLVERS:
     raise InputError(f"solver.name must be one of {', '.join(SOLVERS)}, found {config.solver.name!r}")
@@ -76,9 +77,21 @@ def _check(config, denoise, source: sources.ImageSource, mesh) -> None:
   parallel.check_batch(config.eval.batch_size, mesh)
 
 
-def _evaluate(config, denoise, source, likelihood, mesh) -> dict[str, np.ndarray]:
-  """log_prob, bits_per_dim and nfe of every image in every repeat: [repeats n]."""
-  root = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"likelihood"))
+def evaluate(
+  denoise: Any,
+  source: sources.ImageSource,
+  likelihood: ODELikelihood,
+  mesh: Any,
+  seed: int,
+  batch_size: int,
+  repeats: int = 1,
+  what: str = "image",
+) -> dict[str, np.ndarray]:
+  """log_prob, bits_per_dim and nfe of every image, dequantised anew in every repeat: [repeats n].
+
+  denoise: a denoiser whose `with_labels` takes the classes of the source.
+  """
+  root = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"likelihood"))
 
   @jax.jit
   def judge(denoise, batch, repeat):
@@ -88,17 +101,16 @@ def _evaluate(config, denoise, source, likelihood, mesh) -> dict[str, np.ndarray
     return {name: getattr(found, name) for name in ("log_prob", "bits_per_dim", "nfe")}
 
   denoise = parallel.replicate_to_devices(mesh, denoise)
-  repeats = []
-  total = config.eval.repeats * len(source)
-  with ProgressReport("image", total) as progress:
-    for repeat in range(config.eval.repeats):
+  of_repeats = []
+  with ProgressReport(what, repeats * len(source)) as progress:
+    for repeat in range(repeats):
       parts = []
-      for batch in pipeline.eval_batches(source, config.eval.batch_size, mesh):
+      for batch in pipeline.eval_batches(source, batch_size, mesh):
         found, mask = parallel.gather_to_host((judge(denoise, batch, repeat), batch["mask"]))
         parts.append({name: values[mask] for name, values in found.items()})
         progress.update(repeat * len(source) + sum(len(part["nfe"]) for part in parts))
-      repeats.append({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-  return {name: np.stack([part[name] for part in repeats]) for name in repeats[0]}
+      of_repeats.append({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+  return {name: np.stack([part[name] for part in of_repeats]) for name in of_repeats[0]}
 
 
 def _report(config, workdir: Workdir, source, bits: np.ndarray, metrics) -> None:

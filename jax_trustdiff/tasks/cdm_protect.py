@@ -1,0 +1,132 @@
+"""Copy protection: images of the product of the shards, and estimates of how far its distribution is from that of each.
+
+Vyas et al. 2023 (arXiv:2302.10870, algorithm 3): a work that is in the data of one shard alone is no likelier under the product
+prod_i q_i^(1/S) / Z than the k of `cdm.product` allows, against the shards that never saw it. For networks, k and the divergences are
+estimates, by log-densities of samples along the probability-flow ODE; they bound nothing.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_trustdiff import config as config_lib
+from jax_trustdiff import parallel
+from jax_trustdiff.cdm import product
+from jax_trustdiff.data import records, sources
+from jax_trustdiff.evaluation import report
+from jax_trustdiff.tasks import cdm_compose, denoisers, evaluate_likelihood, generate
+from jax_trustdiff.tasks.bundles import Bundle
+from jax_trustdiff.tasks.sampling import ImageSampler
+from jax_trustdiff.training.workdir import Workdir
+from jax_trustdiff.types import InputError
+
+
+def run(config, workdir: Workdir) -> dict[str, float]:
+  """`cdm_compose` with weights 'equal' and sampler 'product', and what protect.num_images of its images say.
+
+  As many are sampled from the first shard by config.own_sampler. Beside the metrics of `generate.fill_store`: estimated_k and its standard
+  error k_error, from those; estimated_kl/<shard> of the product from each shard, from images of the product, in nats, which add up to k.
+  protect.npz: log_densities_of_product and log_densities_of_first, [s n].
+  """
+  bundle = Bundle(config.cdm.path)
+  model = cdm_compose.load_mixture(bundle, config)
+  shards, names = model.unlabelled.shards, model.provenance["shards"]
+  _check(config, bundle, names)
+  members = [
+    dataclasses.replace(shards.common, variables=shards.common.variables | bundle.variables(name))
+    for name in names
+  ]
+  likelihood = evaluate_likelihood.build_likelihood(config, members[0])
+  mesh = parallel.make_local_mesh()
+
+  metrics = generate.fill_store(config, workdir, model)
+  found = {}
+  for what, images in (
+    ("product", _of_product(config, workdir)),
+    ("first", _of_first(config, model, members[0], mesh)),
+  ):
+    found[f"log_densities_of_{what}"] = np.stack(
+      [
+        evaluate_likelihood.evaluate(
+          member,
+          images,
+          likelihood,
+          mesh,
+          config.seed,
+          config.protect.batch_size,
+          what=f"image of the {what} under {name}",
+        )["log_prob"][0]
+        for name, member in zip(names, members, strict=True)
+      ]
+    )
+  k, error = map(float, product.kl_bound(jnp.asarray(found["log_densities_of_first"])))
+  of_product = jnp.asarray(found["log_densities_of_product"])
+  divergences = np.asarray(product.divergences(of_product.mean(0) + k / len(names), of_product))
+  metrics |= {"estimated_k": k, "k_error": error}
+  metrics |= {f"estimated_kl/{name}": float(kl) for name, kl in zip(names, divergences, strict=True)}
+  if parallel.is_main_process():
+    np.savez(workdir / "protect.npz", names=np.array(names), **found)
+    _report(config, workdir, names, metrics)
+  return metrics
+
+
+def _check(config: Any, bundle: Bundle, names: list[str]) -> None:
+  if config.mixture.weights != "equal" or config.sampler.name != "product":
+    raise InputError("cdm_protect samples a product: mixture.weights='equal' and sampler.name='product'")
+  if len(names) < 2:
+    raise InputError(f"a product is one of several shards, and there is {names}")
+  if config.guidance.scale != 1:
+    raise InputError("guidance.scale must be 1: a guided model has no density to compare with")
+  section = config.protect
+  if not 2 <= section.num_images <= config.generate.num_images:
+    raise InputError(
+      f"protect.num_images={section.num_images} lies outside 2 .. generate.num_images={config.generate.num_images}"
+    )
+  if config.generate.num_workers > 1 or config.generate.first_id:
+    raise InputError("cdm_protect makes its images alone: generate.num_workers=1, first_id=0")
+  if bundle.training.diffusion.conditional:
+    for name in names:
+      counts = np.array(bundle.manifest["shards"][name]["class_counts"])
+      if not counts.all():
+        raise InputError(
+          f"shard {name} has no images of class {int(counts.argmin())}, of which it says nothing: protect shards that have "
+          "all classes (shards.by='hash' or 'owner'), or shards without classes (diffusion.conditional=False)"
+        )
+
+
+def _of_product(config: Any, workdir: Workdir) -> sources.ImageSource:
+  store = sources.image_store(config.generate.store or str(workdir / "images"))
+  return records.first(store, config.protect.num_images)
+
+
+def _of_first(config: Any, model: generate.Model, member: Any, mesh: Any) -> sources.ImageSource:
+  """Images of the first shard alone, of the classes that those of the product have."""
+  sampler = denoisers.build_sampler(config.own_sampler, model.preconditioning)
+  ids = np.arange(config.protect.num_images)
+  labels = generate.balanced_labels(ids, model.num_classes) if model.num_classes else None
+  make = ImageSampler(sampler, model.network.image_shape, mesh, config.protect.batch_size, config.seed)
+  images = make(member, ids, labels, "image of the first shard")
+  shown = np.zeros(len(ids), np.int32) if labels is None else labels
+  return records.image_source([images], [shown], "samples of the first shard", max(model.num_classes, 1))
+
+
+def _report(config: Any, workdir: Workdir, names: list[str], metrics: dict[str, float]) -> None:
+  folder = workdir / "report"
+  groups = {name: {"KL of the product from it": metrics[f"estimated_kl/{name}"]} for name in names}
+  groups["bound k"] = {"KL of the product from it": metrics["estimated_k"]}
+  report.bars(groups, folder / "divergences.png", ylabel="nats (estimates)", percent=False)
+  report.html_report(
+    folder / "protection.html",
+    title="The product of the shards",
+    summary=(
+      f"Estimated k {metrics['estimated_k']:.1f} ± {metrics['k_error']:.1f} nats. Estimates by {config.protect.num_images} images each: "
+      "no bound is proved by them."
+    ),
+    metrics=metrics,
+    figures=[(folder / "divergences.png", "How far the product is from each shard")],
+    tables=[],
+    config_text=config_lib.to_json(config),
+    info=workdir.information(),
+  )
