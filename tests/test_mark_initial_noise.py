@@ -60,6 +60,9 @@ def test_the_same_secret_marks_the_same_images(shaded, tmp_path):
   path, metrics = shaded
   again = complete(tmp_path / "same", config_of(secret_file=str(path / "secret.txt")))
   assert again == metrics
+  one, same = (json.loads((p / "images/manifest.json").read_text()) for p in (path, tmp_path / "same"))
+  assert one["provenance"] == same["provenance"] and len(one["provenance"]["secret_id"]) == 16
+  assert (path / "secret.txt").read_text().strip() not in json.dumps(one)
 
 
 def test_the_mark_of_a_store_is_read_with_its_secret_and_its_ids(shaded, tmp_path, secret):
@@ -70,6 +73,13 @@ def test_the_mark_of_a_store_is_read_with_its_secret_and_its_ids(shaded, tmp_pat
   assert found == {name: value for name, value in metrics.items() if name.startswith("none/") and "fid" not in name}
   other = tmp_path / "other.txt"
   other.write_text("another secret than that of the images")
+  marked = complete(tmp_path / "marked", config_of(secret_file=str(other), **{"attacks.noise": ()}))
+  assert marked["none/bit_accuracy"] > 0.99
+  ids = {
+    json.loads((p / "images/manifest.json").read_text())["provenance"]["secret_id"]
+    for p in (path, tmp_path / "marked")
+  }
+  assert len(ids) == 2
   found = complete(tmp_path / "wrong", config_of(secret_file=str(other), **read))
   assert abs(found["none/bit_accuracy"] - 0.5) < 0.1 and found["none/p"] > 1e-4
 

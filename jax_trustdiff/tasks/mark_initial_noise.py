@@ -5,6 +5,7 @@ and who reads needs it. The same images without a mark are sampled beside them, 
 it is hidden only from who does not know the noise.
 """
 
+import hashlib
 import json
 import secrets
 from typing import Any
@@ -49,7 +50,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   attacks = _check(config, sampler, mesh)
   secret = _secret(config, workdir)
   # bound to the model: one secret may mark the samples of several, and no stream comes twice
-  bound = f"{secret} {store_writing.fingerprint(type(model.network).__name__, model.variables)}"
+  fingerprint = store_writing.fingerprint(type(model.network).__name__, model.variables)
+  bound = f"{secret} {fingerprint}"
   mark = config_lib.build(MARKS, config.mark, secret=bound, image_shape=model.network.image_shape)
   carries_bits = isinstance(mark, GaussianShading)
   bits = keys.draw(secret, [0], mark.num_bits, config.mark.name)[0] if carries_bits else None
@@ -71,7 +73,16 @@ def run(config, workdir: Workdir) -> dict[str, float]:
       UNMARKED: solve.sample(start, ids, "unmarked sample"),
       NONE: solve.sample(_marked(mark, bits, start, nonces), ids, "marked sample"),
     }
-    _write_store(config, workdir, model, images[NONE], ids)
+    provenance = {
+      "mark": config_lib.to_plain(config.mark),
+      "secret_id": hashlib.sha256(f"id of {secret}".encode()).hexdigest()[:16],
+      "nonces": config.nonces,
+      "seed": config.seed,
+      "model": fingerprint,
+      "sampler": config_lib.to_plain(config.sampler),
+      "batch_size": section.batch_size,
+    }
+    _write_store(workdir, model.network.num_classes, images[NONE], ids, provenance)
   else:
     images = {NONE: source.take(np.arange(len(source)))["image"]}
   found: dict[str, dict[str, Any]] = {}
@@ -101,18 +112,19 @@ def _marked_images(config, image_shape: tuple[int, ...]) -> records.ImageSource:
   return source
 
 
-def _write_store(config, workdir: Workdir, model, images: np.ndarray, ids: np.ndarray) -> None:
+def _write_store(
+  workdir: Workdir, num_classes: int, images: np.ndarray, ids: np.ndarray, provenance: dict[str, Any]
+) -> None:
   """The marked images with their ids, which are their nonces, in workdir/images."""
   if not parallel.is_main_process():
     return
-  num_classes = model.network.num_classes
   plan = image_store.StorePlan(
     num_images=len(images),
     images_per_shard=len(images),
     image_shape=images.shape[1:],
     num_classes=max(num_classes, 1),
     class_names=() if num_classes else (records.UNLABELLED,),
-    provenance={"mark": config.mark.name, "seed": config.seed, "model": str(config.init_from)},
+    provenance=provenance,
   )
   store = image_store.ImageStore(workdir / "images", plan, store_writing.maker())
   store.write(0, images, _labels(ids, num_classes), ids)
