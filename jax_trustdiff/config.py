@@ -34,6 +34,7 @@ SECTIONS = {
   "diffusion.preconditioning": ("jax_trustdiff.diffusion.denoisers:PRECONDITIONINGS", ()),
   "diffusion.loss": ("jax_trustdiff.diffusion.losses:LOSSES", ()),
   "sampler": ("jax_trustdiff.tasks.denoisers:SAMPLERS", ()),
+  "own_sampler": ("jax_trustdiff.tasks.denoisers:SAMPLERS", ()),
   "solver": ("jax_trustdiff.diffusion.samplers:SAMPLERS", ()),
   "likelihood": ("jax_trustdiff.diffusion.likelihood:LIKELIHOODS", ("solver",)),
   "data": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),

@@ -448,14 +448,23 @@ def test_centroids_of_each_shard_weigh_it_and_go_with_it(bundle, tmp_path):
 
 def test_images_of_a_product_and_how_far_they_are_from_each_shard(trained, data, tmp_path):
   config = config_lib.load("configs/cdm_protect.py:smoke", {"cdm.path": str(trained[0])})
-  with pytest.raises(InputError, match=r"shard 0\+1 has no images of class 2"):
+  with pytest.raises(InputError, match="for shards without classes"):
     complete(cdm_protect, tmp_path / "none", config)
   unconditional = {"diffusion.conditional": False, "shards.num_slices": 1, "train.num_epochs": 1}
   complete(cdm_train, tmp_path / "bundle", train_config(data, **unconditional))
-  small = {"cdm.path": str(tmp_path / "bundle"), "generate.num_images": 32, "generate.labels": "none"}
-  with pytest.raises(InputError, match="guidance.scale must be 1"):
-    config = config_lib.load("configs/cdm_protect.py:smoke", small | {"guidance.scale": 2.0})
-    complete(cdm_protect, tmp_path / "guided", config)
+  small = {"cdm.path": str(tmp_path / "bundle")}
+  for wrong, message in (
+    ({"guidance.scale": 2.0}, "guidance.scale must be 1"),
+    ({"mixture.top_k": 1}, "leaves shards out"),
+    ({"mixture.weights": "prior"}, "samples a product"),
+    ({"mixture.shards": "0+1"}, "one of several shards"),
+    ({"protect.num_images": 33}, "lies outside 2 .. generate.num_images=32"),
+    ({"own_sampler.churn": 1, "own_sampler.name": "ancestral"}, "unknown config key 'own_sampler.churn'"),
+  ):
+    with pytest.raises(InputError, match=message):
+      config = config_lib.load("configs/cdm_protect.py:smoke", small | wrong)
+      complete(cdm_protect, tmp_path / "wrong", config)
+  assert not (tmp_path / "wrong").exists()
   metrics = complete(cdm_protect, tmp_path / "run", config_lib.load("configs/cdm_protect.py:smoke", small))
   assert metrics["num_images"] == 32 and metrics["nfe"] == 4 + 3  # a step and, but at sigma 0, a move
   found = np.load(tmp_path / "run/protect.npz")
@@ -464,6 +473,9 @@ def test_images_of_a_product_and_how_far_they_are_from_each_shard(trained, data,
   assert np.abs(of_first[0] - of_first[1]).max() > 1e-3
   k = -2 * np.log(np.mean(np.sqrt(np.exp(of_first[1].astype(float) - of_first[0]))))  # of two: Bhattacharyya
   assert metrics["estimated_k"] == pytest.approx(k, abs=1e-3)
+  assert metrics["estimated_k_high"] == pytest.approx((of_first[0] - of_first[1]).mean(), abs=1e-3)
+  assert metrics["estimated_k_low"] == pytest.approx(abs((of_product[0] - of_product[1]).mean()), abs=1e-3)
+  assert 1 <= metrics["effective_samples"] <= 8
   log_product = of_product.astype(float).mean(0) + k / 2
   for name, of_shard in zip(("0+1", "2+3"), of_product, strict=True):
     assert metrics[f"estimated_kl/{name}"] == pytest.approx((log_product - of_shard).mean(), abs=2e-2)

@@ -11,7 +11,14 @@ from worlds import GaussianMixture, small
 from jax_trustdiff.cdm import shards as cdm_shards
 from jax_trustdiff.cdm import weights
 from jax_trustdiff.cdm.mixture import Mixture
-from jax_trustdiff.cdm.product import ProductSampler, divergences, kl_bound, max_bound
+from jax_trustdiff.cdm.product import (
+  ProductSampler,
+  divergences,
+  effective_samples,
+  kl_bound,
+  kl_limits,
+  max_bound,
+)
 from jax_trustdiff.types import InputError
 
 MEANS, STDS = (-1.0, 1.0), (0.3, 1.0)
@@ -56,6 +63,22 @@ def test_bound_of_the_kl_product():
   )  # of the wider one, which covers the other
   found, error = kl_bound(jnp.asarray(log_densities(of_first)[::-1].copy()))
   assert abs(float(found) - k) < 4 * float(error) and float(error) < 0.02
+
+
+def test_limits_of_the_bound_and_what_estimates_it():
+  mean, std = product()
+  k, rng = -2 * np.log(coefficient()), np.random.RandomState(0)
+  of_product = jnp.asarray(log_densities(rng.normal(mean, std, 200_000)))
+  of_wide = jnp.asarray(log_densities(rng.normal(MEANS[1], STDS[1], 200_000))[::-1].copy())
+  low, high = map(float, kl_limits(of_wide, of_product[::-1]))
+  assert low == pytest.approx(2.16642 - 0.26545, abs=0.03)  # the difference of the divergences, of two models
+  ratio, gap = STDS[1] / STDS[0], (MEANS[0] - MEANS[1]) / STDS[0]
+  assert high == pytest.approx((ratio**2 + gap**2 - 1) / 2 - np.log(ratio), rel=0.02)  # KL(q_0 || q_1)
+  assert low < k < high
+  equal = jnp.zeros((3, 50))
+  assert float(effective_samples(equal)) == pytest.approx(50)
+  one = equal.at[1:, 7].set(60.0)
+  assert float(effective_samples(one)) == pytest.approx(1, abs=1e-6)
 
 
 def test_bound_of_the_max_product():

@@ -31,8 +31,7 @@ def losses():
 
 
 @pytest.mark.slow
-def test_the_same_losses_on_every_mesh(monkeypatch):
-  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of machine code; how work is shared out stays the same
+def test_the_same_losses_on_every_mesh():
   for case, alone, of_eight, of_two in zip(CASES, *losses(), strict=True):
     assert len(alone) == case[2] and np.isfinite(alone).all(), case
     if len(alone) > 1:

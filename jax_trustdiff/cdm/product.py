@@ -153,6 +153,24 @@ def kl_bound(log_densities: Float[Array, "s n"]) -> tuple[jax.Array, jax.Array]:
   return -count * log_z, count * spread
 
 
+def effective_samples(log_densities: Float[Array, "s n"]) -> jax.Array:
+  """(sum of weights)^2 / sum of their squares, of what `kl_bound` averages: with few of n its k and error say nothing."""
+  logs = (log_densities - log_densities[0]).mean(0)
+  return jnp.exp(2 * jax.nn.logsumexp(logs) - jax.nn.logsumexp(2 * logs))
+
+
+def kl_limits(of_first: Float[Array, "s n"], of_product: Float[Array, "s m"]) -> tuple[jax.Array, jax.Array]:
+  """(low, high) around the k of `kl_bound`, by Jensen's inequality: means of logarithms, which few samples suffice for.
+
+  of_first: log q_i at samples of model 0, high = sum_i KL(q_0 || q_i). of_product: at samples of the product p,
+  low = S max_j E_p (log q_j - mean_i log q_i). Limits of k but for the errors of the two means and of the samples of p.
+  """
+  count = len(of_first)
+  high = count * (of_first[0] - of_first.mean(0)).mean()
+  low = count * (of_product - of_product.mean(0)).mean(1).max()
+  return low, high
+
+
 def max_bound(of_first: Float[Array, "2 n"], of_second: Float[Array, "2 m"]) -> tuple[jax.Array, jax.Array]:
   """(k, standard error): k = -log(1 - TV(q_1, q_2)), from (log q_1, log q_2) at samples of the first and of the second.
 

@@ -3,6 +3,8 @@
 Vyas et al. 2023 (arXiv:2302.10870, algorithm 3): a work that is in the data of one shard alone is no likelier under the product
 prod_i q_i^(1/S) / Z than the k of `cdm.product` allows, against the shards that never saw it. For networks, k and the divergences are
 estimates, by log-densities of samples along the probability-flow ODE; they bound nothing.
+
+Shards have no classes here: those of images would want a product, and a k, for each class.
 """
 
 import dataclasses
@@ -19,33 +21,39 @@ from jax_trustdiff.evaluation import report
 from jax_trustdiff.tasks import cdm_compose, denoisers, evaluate_likelihood, generate
 from jax_trustdiff.tasks.bundles import Bundle
 from jax_trustdiff.tasks.sampling import ImageSampler
+from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError
+
+FEW = 10  # effective samples
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
   """`cdm_compose` with weights 'equal' and sampler 'product', and what protect.num_images of its images say.
 
-  As many are sampled from the first shard by config.own_sampler. Beside the metrics of `generate.fill_store`: estimated_k and its standard
-  error k_error, from those; estimated_kl/<shard> of the product from each shard, from images of the product, in nats, which add up to k.
-  protect.npz: log_densities_of_product and log_densities_of_first, [s n].
+  As many are sampled from the first shard by config.own_sampler. Beside the metrics of `generate.fill_store`, in nats: estimated_k and
+  its standard error k_error, which count for something if effective_samples, of the images of the first shard, are not few;
+  estimated_k_low and estimated_k_high, which then are all that is known (`product.kl_limits`); estimated_kl/<shard> of the product from each
+  shard, by estimated_k. protect.npz: log_densities_of_product and log_densities_of_first, [s n].
   """
   bundle = Bundle(config.cdm.path)
   model = cdm_compose.load_mixture(bundle, config)
   shards, names = model.unlabelled.shards, model.provenance["shards"]
   _check(config, bundle, names)
+  own_sampler = denoisers.build_sampler(config.own_sampler, model.preconditioning)
+  mesh = parallel.make_local_mesh()
+  own = ImageSampler(own_sampler, model.network.image_shape, mesh, config.protect.batch_size, config.seed)
   members = [
     dataclasses.replace(shards.common, variables=shards.common.variables | bundle.variables(name))
     for name in names
   ]
   likelihood = evaluate_likelihood.build_likelihood(config, members[0])
-  mesh = parallel.make_local_mesh()
 
   metrics = generate.fill_store(config, workdir, model)
   found = {}
   for what, images in (
     ("product", _of_product(config, workdir)),
-    ("first", _of_first(config, model, members[0], mesh)),
+    ("first", _of_first(config, own, members[0])),
   ):
     found[f"log_densities_of_{what}"] = np.stack(
       [
@@ -61,10 +69,17 @@ def run(config, workdir: Workdir) -> dict[str, float]:
         for name, member in zip(names, members, strict=True)
       ]
     )
-  k, error = map(float, product.kl_bound(jnp.asarray(found["log_densities_of_first"])))
-  of_product = jnp.asarray(found["log_densities_of_product"])
+  of_first, of_product = (jnp.asarray(found[f"log_densities_of_{what}"]) for what in ("first", "product"))
+  k, error = map(float, product.kl_bound(of_first))
+  low, high = map(float, product.kl_limits(of_first, of_product))
+  effective = float(product.effective_samples(of_first))
+  if effective < FEW:
+    say(
+      f"k is not estimated by {effective:.1f} effective samples: it lies between {low:.1f} and {high:.1f} nats"
+    )
   divergences = np.asarray(product.divergences(of_product.mean(0) + k / len(names), of_product))
-  metrics |= {"estimated_k": k, "k_error": error}
+  metrics |= {"estimated_k": k, "k_error": error, "effective_samples": effective}
+  metrics |= {"estimated_k_low": low, "estimated_k_high": high}
   metrics |= {f"estimated_kl/{name}": float(kl) for name, kl in zip(names, divergences, strict=True)}
   if parallel.is_main_process():
     np.savez(workdir / "protect.npz", names=np.array(names), **found)
@@ -77,6 +92,12 @@ def _check(config: Any, bundle: Bundle, names: list[str]) -> None:
     raise InputError("cdm_protect samples a product: mixture.weights='equal' and sampler.name='product'")
   if len(names) < 2:
     raise InputError(f"a product is one of several shards, and there is {names}")
+  if config.mixture.top_k:
+    raise InputError("mixture.top_k leaves shards out: the product is one of all")
+  if bundle.training.diffusion.conditional:
+    raise InputError(
+      "cdm_protect is for shards without classes (diffusion.conditional=False): with them every class has a product of its own"
+    )
   if config.guidance.scale != 1:
     raise InputError("guidance.scale must be 1: a guided model has no density to compare with")
   section = config.protect
@@ -86,14 +107,6 @@ def _check(config: Any, bundle: Bundle, names: list[str]) -> None:
     )
   if config.generate.num_workers > 1 or config.generate.first_id:
     raise InputError("cdm_protect makes its images alone: generate.num_workers=1, first_id=0")
-  if bundle.training.diffusion.conditional:
-    for name in names:
-      counts = np.array(bundle.manifest["shards"][name]["class_counts"])
-      if not counts.all():
-        raise InputError(
-          f"shard {name} has no images of class {int(counts.argmin())}, of which it says nothing: protect shards that have "
-          "all classes (shards.by='hash' or 'owner'), or shards without classes (diffusion.conditional=False)"
-        )
 
 
 def _of_product(config: Any, workdir: Workdir) -> sources.ImageSource:
@@ -101,15 +114,11 @@ def _of_product(config: Any, workdir: Workdir) -> sources.ImageSource:
   return records.first(store, config.protect.num_images)
 
 
-def _of_first(config: Any, model: generate.Model, member: Any, mesh: Any) -> sources.ImageSource:
-  """Images of the first shard alone, of the classes that those of the product have."""
-  sampler = denoisers.build_sampler(config.own_sampler, model.preconditioning)
+def _of_first(config: Any, sample: ImageSampler, member: Any) -> sources.ImageSource:
+  """Images of the first shard alone."""
   ids = np.arange(config.protect.num_images)
-  labels = generate.balanced_labels(ids, model.num_classes) if model.num_classes else None
-  make = ImageSampler(sampler, model.network.image_shape, mesh, config.protect.batch_size, config.seed)
-  images = make(member, ids, labels, "image of the first shard")
-  shown = np.zeros(len(ids), np.int32) if labels is None else labels
-  return records.image_source([images], [shown], "samples of the first shard", max(model.num_classes, 1))
+  images = sample(member, ids, what="image of the first shard")
+  return records.image_source([images], [np.zeros(len(ids), np.int32)], "samples of the first shard", 1)
 
 
 def _report(config: Any, workdir: Workdir, names: list[str], metrics: dict[str, float]) -> None:
@@ -121,8 +130,9 @@ def _report(config: Any, workdir: Workdir, names: list[str], metrics: dict[str, 
     folder / "protection.html",
     title="The product of the shards",
     summary=(
-      f"Estimated k {metrics['estimated_k']:.1f} ± {metrics['k_error']:.1f} nats. Estimates by {config.protect.num_images} images each: "
-      "no bound is proved by them."
+      f"Estimated k between {metrics['estimated_k_low']:.1f} and {metrics['estimated_k_high']:.1f} nats; by "
+      f"{metrics['effective_samples']:.1f} effective samples {metrics['estimated_k']:.1f} ± {metrics['k_error']:.1f}"
+      f"{', which are too few' if metrics['effective_samples'] < FEW else ''}. Estimates: no bound is proved by them."
     ),
     metrics=metrics,
     figures=[(folder / "divergences.png", "How far the product is from each shard")],

@@ -4,6 +4,7 @@ Song et al. 2021 (arXiv:2011.13456, section 4.3): uint8 images are dequantised u
 the code length.
 """
 
+import functools
 import zlib
 from typing import Any
 
@@ -93,24 +94,25 @@ def evaluate(
   """
   root = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"likelihood"))
 
-  @jax.jit
-  def judge(denoise, batch, repeat):
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(root, repeat), i))(batch["id"])
-    denoise = denoise.with_labels(batch["label"])
-    found = likelihood(denoise, dequantise(batch["image"], keys), keys)
-    return {name: getattr(found, name) for name in ("log_prob", "bits_per_dim", "nfe")}
-
   denoise = parallel.replicate_to_devices(mesh, denoise)
   of_repeats = []
   with ProgressReport(what, repeats * len(source)) as progress:
     for repeat in range(repeats):
       parts = []
       for batch in pipeline.eval_batches(source, batch_size, mesh):
-        found, mask = parallel.gather_to_host((judge(denoise, batch, repeat), batch["mask"]))
+        key = jax.random.fold_in(root, repeat)
+        found, mask = parallel.gather_to_host((_judge(likelihood, denoise, batch, key), batch["mask"]))
         parts.append({name: values[mask] for name, values in found.items()})
         progress.update(repeat * len(source) + sum(len(part["nfe"]) for part in parts))
       of_repeats.append({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
   return {name: np.stack([part[name] for part in of_repeats]) for name in of_repeats[0]}
+
+
+@functools.partial(jax.jit, static_argnums=0)  # of the module: compiled once for all models of one structure
+def _judge(likelihood, denoise, batch, key):
+  keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch["id"])
+  found = likelihood(denoise.with_labels(batch["label"]), dequantise(batch["image"], keys), keys)
+  return {name: getattr(found, name) for name in ("log_prob", "bits_per_dim", "nfe")}
 
 
 def _report(config, workdir: Workdir, source, bits: np.ndarray, metrics) -> None:

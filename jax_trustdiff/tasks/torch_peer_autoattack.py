@@ -81,12 +81,13 @@ class Peer:
 
   def run(self) -> list[bool]:
     s = self.settings
-    version = dict(version=s["version"])
-    if s["version"] == "rapid":  # ours: the first two of standard
-      version = dict(version="custom", attacks=["apgd-ce", "apgd-t"])
+    rapid = s["version"] == "rapid"  # ours: the first two of standard, with its settings
+    version = "standard" if rapid else s["version"]
     attack = AutoAttack(
-      self.net, norm=NORMS[s["norm"]], eps=s["radius"], seed=0, device=self.device, **version
+      self.net, norm=NORMS[s["norm"]], eps=s["radius"], version=version, seed=0, device=self.device
     )
+    if rapid:
+      attack.attacks_to_run = ["apgd-ce", "apgd-t"]
     with open("/dev/null", "w") as quiet:
       out, sys.stdout = sys.stdout, quiet
       try:
