@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
   config.seeds = ""
   config.cdm = dict(path="", only="")  # a bundle: the workdir of cdm_train.py; shards by commas, '': all
   config.centroids = dict(per_shard=5, normalise=True)  # of features of unit length
-  config.metrics = dict(features=dict(name="inception", weights=""), batch_size=64, fid_only=False)
+  config.metrics = dict(features=dict(name="inception", weights=""), batch_size=64)
   if names:
     config.metrics.features = dict(name="pixels")
   if "smoke" in names:

@@ -41,7 +41,6 @@ def get_config(variant: str = "") -> ConfigDict:
       schedule="noise",  # 'constant' is the paper's; at large noise everything is nearest to some shard
       spread=1.0,
       warm_up=1e9,  # the prior above this noise level
-      normalise=True,
       distance="min",
       with_prior=False,
       every=1,

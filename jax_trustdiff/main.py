@@ -74,7 +74,7 @@ def _run(argv: list[str]) -> int:
   name = pathlib.Path(recipe.partition(":")[0]).stem
   folder = options.workdir or f"runs/{name}-{config_lib.config_hash(config)}"
   workdir = Workdir(folder, config, of_parts=getattr(task, "OF_PARTS", False))
-  metrics = workdir.complete(lambda: seeds.run(task.run, config, workdir))
+  metrics = seeds.complete(task, config, workdir)
   if parallel.is_main_process():
     for key, value in metrics.items():
       print(f"{key} = {value:.4f}" if isinstance(value, float) else f"{key} = {value}")

@@ -23,6 +23,7 @@ from jax_trustdiff.tasks import (
   cdm_train,
   cdm_verify,
   generate,
+  seeds,
   shard_training,
 )
 from jax_trustdiff.tasks.bundles import Bundle
@@ -46,8 +47,7 @@ SMALL = {
 
 
 def complete(task, path, config):
-  workdir = Workdir(path, config)
-  return workdir.complete(lambda: task.run(config, workdir))
+  return seeds.complete(task, config, Workdir(path, config))
 
 
 def train_config(data, **overrides):
@@ -272,6 +272,20 @@ def test_verification_finds_a_flipped_byte_anywhere(bundle, tmp_path):
       file.write_bytes(whole)
 
 
+def test_verification_looks_again_in_the_folder_of_an_earlier_one(bundle, tmp_path):
+  assert verify(bundle, tmp_path)["faults"] == 0
+  file = files_of(bundle)[0]
+  file.write_bytes(file.read_bytes() + b"x")
+  with pytest.raises((RunError, InputError)):
+    verify(bundle, tmp_path)
+
+
+def test_images_that_are_there_are_not_made_again(bundle, tmp_path):
+  config = compose_config(bundle.path)
+  made = complete(cdm_compose, tmp_path / "run", config)
+  assert made["generated"] == 32 and complete(cdm_compose, tmp_path / "run", config) == made
+
+
 @pytest.mark.parametrize("what", ["removed", "added", "image", "stage", "undone"])
 def test_verification_finds_other_faults(bundle, data, tmp_path, what):
   shard = bundle.path / bundle.manifest["shards"]["0+1"]["folder"]
@@ -441,6 +455,10 @@ def test_centroids_of_each_shard_weigh_it_and_go_with_it(bundle, tmp_path):
   assert sorted(left.active_artefacts()) == ["centroids/0+1"] and not left.strays()
   with pytest.raises(InputError, match=r"no centroids of shard '2\+3' as it is"):
     complete(cdm_compose, tmp_path / "stale", compose_config(path, **nearest))
+  complete(cdm_centroids, tmp_path / "run", config)  # the command of before: it makes them again
+  assert sorted(Bundle(path).active_artefacts()) == ["centroids/0+1", "centroids/2+3"]
+  with pytest.raises(InputError, match="holds other images|another"):  # and images of before are not taken for new ones
+    complete(cdm_compose, tmp_path / "images", compose_config(path, **nearest))
   with pytest.raises(InputError, match=r"centroids.per_shard=1000: shard 0\+1 has"):
     config = config_lib.load("configs/cdm_centroids.py:smoke", {"cdm.path": str(path), "centroids.per_shard": 1000})
     complete(cdm_centroids, tmp_path / "many", config)

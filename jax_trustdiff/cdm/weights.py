@@ -255,7 +255,10 @@ class Nearest:
     x0 = (per_image(weights, estimates[0]) * estimates).sum(0)
     found, centroids = self.features(x0), self.centroids
     if self.normalise:
-      found, centroids = (v / jnp.linalg.norm(v, axis=-1, keepdims=True) for v in (found, centroids))
+      tiny = jnp.finfo(found.dtype).tiny  # features that are all 0 stay so
+      found, centroids = (
+        v / jnp.maximum(jnp.linalg.norm(v, axis=-1, keepdims=True), tiny) for v in (found, centroids)
+      )
     squares = jnp.square(found[:, None, None] - centroids).sum(-1)  # [b s k]
     over_centroids = jnp.min if self.distance == "min" else jnp.mean
     variance = jnp.square(sigma)

@@ -230,6 +230,11 @@ class Bundle:
     return build_model(self.training, tuple(about["image_shape"]), about["num_classes"])
 
 
+def seal_of(config: Any) -> str:
+  """The seal of the bundle config.cdm.path: the `reads` of tasks that compute something of a bundle (`seeds.complete`)."""
+  return Bundle(config.cdm.path).manifest[manifest_lib.SEAL]
+
+
 def names_of(text: str) -> list[str]:
   """The shards that a key of a config names by commas, in brackets or not."""
   return [name.strip() for name in text.strip("()").split(",") if name.strip()]

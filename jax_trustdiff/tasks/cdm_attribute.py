@@ -24,6 +24,11 @@ from jax_trustdiff.types import InputError, to_signed, to_unit
 METHODS = ("denoising", "classifier", "path")
 
 
+def reads(config) -> str:
+  """What the credit is computed from, for `seeds.complete`."""
+  return cdm_compose.made_of(Bundle(config.cdm.path), _section(config))
+
+
 def run(config, workdir: Workdir) -> dict[str, float]:
   """Credit of the shards of the bundle config.cdm.path for the images of config.images; the mean credit of each shard.
 
@@ -55,9 +60,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 
 
 def _mixture(bundle: Bundle, config: Any) -> tuple[Mixture, list[str]]:
-  section = config_lib.to_plain(config.mixture)
-  if config.attribute.method != "denoising":
-    section["weights"] = "classifier"
+  section = config_lib.to_plain(_section(config))
   whole = config_lib.from_plain(
     config_lib.to_plain(config) | {"mixture": section, "guidance": cdm_compose.NO_GUIDANCE}
   )
@@ -67,6 +70,14 @@ def _mixture(bundle: Bundle, config: Any) -> tuple[Mixture, list[str]]:
       f"mixture.weights={section['weights']!r} is no mixture whose shards could be given credit"
     )
   return model.unlabelled, model.provenance["shards"]
+
+
+def _section(config: Any) -> Any:
+  """config.mixture with the weights that the method wants."""
+  section = config_lib.to_plain(config.mixture)
+  if config.attribute.method != "denoising":
+    section["weights"] = "classifier"
+  return config_lib.from_plain(section)
 
 
 def _check(config: Any, mixture: Mixture, source: records.ImageSource) -> None:

@@ -18,13 +18,15 @@ from jax_trustdiff.cdm import weights
 from jax_trustdiff.evaluation import report
 from jax_trustdiff.interop import safetensors_io
 from jax_trustdiff.pytrees import register_pytree
-from jax_trustdiff.tasks import generation_metrics
-from jax_trustdiff.tasks.bundles import Bundle, file_digests, names_of
+from jax_trustdiff.tasks import generation_metrics, store_writing
+from jax_trustdiff.tasks.bundles import Bundle, file_digests, names_of, seal_of
 from jax_trustdiff.tasks.sampling import quantise
 from jax_trustdiff.training.workdir import Workdir, locked
 from jax_trustdiff.types import InputError, Signed
 
 FILE = "centroids.safetensors"
+
+reads = seal_of
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
@@ -38,7 +40,10 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     bundle = Bundle(path)
     names = names_of(config.cdm.only) or bundle.names
     bundle.check_names(names)
-    extractor = generation_metrics.build_extractor(config.metrics, parallel.make_local_mesh())
+    network, feature_fn = config_lib.build(generation_metrics.FEATURES, config.metrics.features)
+    mesh = parallel.make_local_mesh()
+    extractor = generation_metrics.FeatureExtractor(network, feature_fn, config.metrics.batch_size, mesh)
+    of_features = store_writing.fingerprint(network, feature_fn)
     per_shard = config.centroids.per_shard
     for name in names:
       if not 1 <= per_shard <= bundle.manifest["shards"][name]["num_images"]:
@@ -52,9 +57,14 @@ def run(config, workdir: Workdir) -> dict[str, float]:
       for origin in [bundle.manifest["shards"][name]["origin"]]
     }
     features = {name: extractor(source, f"image of {name}").features for name, source in sources.items()}
+    for name, one in features.items():
+      if not one.any(1).all():
+        raise InputError(
+          f"an image of shard {name} has features that are all 0, and so no direction: take other features"
+        )
     found = {name: _centroids(one, per_shard, config) for name, one in features.items()}
     for name, centroids in found.items():
-      _store(bundle, name, centroids, config)
+      _store(bundle, name, centroids, config, of_features)
     bundle.save()
   metrics = {"num_centroids": sum(map(len, found.values()))}
   if len(names) > 1:
@@ -66,9 +76,9 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 def load(bundle: Bundle, names: list[str], section: Any) -> weights.Nearest:
   """The weights by the centroids of these shards in this order; InputError if some have none, or they do not go together.
 
-  section: what `weights.Nearest` takes but for features and centroids.
+  section: what `weights.Nearest` takes but for features, centroids and normalise, which are as the centroids were made.
   """
-  abouts = [bundle.manifest["artefacts"].get(_key(name)) for name in names]
+  abouts = [bundle.manifest["artefacts"].get(key_of(name)) for name in names]
   for name, about in zip(names, abouts, strict=True):
     now = bundle.manifest["shards"][name]["parameters"]
     if about is None or about["status"] != manifest_lib.ACTIVE or about["made_of"][name] != now:
@@ -76,14 +86,18 @@ def load(bundle: Bundle, names: list[str], section: Any) -> weights.Nearest:
         f"{bundle.path} has no centroids of shard {name!r} as it is: find them with configs/cdm_centroids.py"
       )
   found = [safetensors_io.load(bundle.path / about["folder"] / FILE)["centroids"] for about in abouts]
+  first = abouts[0]
   if any(one.shape != found[0].shape for one in found) or any(
-    about["features"] != abouts[0]["features"] for about in abouts
+    (about["fingerprint"], about["normalise"]) != (first["fingerprint"], first["normalise"]) for about in abouts
   ):
     raise InputError(
       f"{bundle.path}: the centroids of {', '.join(names)} are of different features or numbers: find all with one run"
     )
-  _, feature_fn = config_lib.build(generation_metrics.FEATURES, abouts[0]["features"])
-  return weights.Nearest(FeaturesOfSigned(feature_fn), jnp.asarray(np.stack(found)), **section)
+  network, feature_fn = config_lib.build(generation_metrics.FEATURES, first["features"])
+  if store_writing.fingerprint(network, feature_fn) != first["fingerprint"]:
+    raise InputError(f"the weights of the features {network!r} are others than those of the centroids of {bundle.path}")
+  centroids = jnp.asarray(np.stack(found))
+  return weights.Nearest(FeaturesOfSigned(feature_fn), centroids, normalise=first["normalise"], **section)
 
 
 @register_pytree
@@ -97,7 +111,8 @@ class FeaturesOfSigned:
     return self.of_bytes(quantise(x))
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
+  """The artefact with the centroids of a shard."""
   return f"centroids/{name}"
 
 
@@ -120,18 +135,20 @@ def _own(features: np.ndarray, name: str, found: dict[str, np.ndarray]) -> float
   return float((nearest[name] > others).mean())
 
 
-def _store(bundle: Bundle, name: str, centroids: np.ndarray, config: Any) -> None:
+def _store(bundle: Bundle, name: str, centroids: np.ndarray, config: Any, of_features: str) -> None:
   parameters = bundle.manifest["shards"][name]["parameters"]
   version = manifest_lib.digest([parameters, config_lib.to_plain(config)])[:12]
   folder = f"artefacts/centroids-{name}-{len(bundle.manifest['deletions'])}-{version}"
   (bundle.path / folder).mkdir(parents=True, exist_ok=True)
   safetensors_io.save(bundle.path / folder / FILE, {"centroids": centroids})
-  bundle.manifest["artefacts"][_key(name)] = {
+  bundle.manifest["artefacts"][key_of(name)] = {
     "status": manifest_lib.ACTIVE,
     "folder": folder,
     "depends_on": [name],
     "made_of": {name: parameters},
     "features": config_lib.to_plain(config.metrics.features),
+    "fingerprint": of_features,
+    "normalise": config.centroids.normalise,
     "files": file_digests(bundle.path / folder),
   }
 

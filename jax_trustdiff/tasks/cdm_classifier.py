@@ -16,11 +16,13 @@ from jax_trustdiff.cdm import weights
 from jax_trustdiff.data import records
 from jax_trustdiff.models.uvit import UViT
 from jax_trustdiff.tasks import denoisers, image_training, noise_classifiers, train_noise_classifier
-from jax_trustdiff.tasks.bundles import Bundle, file_digests
+from jax_trustdiff.tasks.bundles import Bundle, file_digests, seal_of
 from jax_trustdiff.training.workdir import Workdir, locked
 from jax_trustdiff.types import InputError, Variables
 
 NAME = "classifier"
+
+reads = seal_of
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:

@@ -25,10 +25,30 @@ ORDERS = ("mixture_first", "guidance_first")
 NO_GUIDANCE = dict(scale=1.0, sigma_min=0.0, sigma_max=1e9, order="mixture_first")
 
 
+def reads(config) -> str:
+  """What the images are made of, for `seeds.complete`."""
+  return made_of(Bundle(config.cdm.path), config.mixture)
+
+
 def run(config, workdir: Workdir) -> dict[str, float]:
   """`generate.fill_store` with the mixture of the shards config.mixture.shards of the bundle config.cdm.path."""
   bundle = Bundle(config.cdm.path)
   return generate.fill_store(config, workdir, load_mixture(bundle, config))
+
+
+def made_of(bundle: Bundle, section: Any) -> str:
+  """SHA-256 of the parameters of the shards that a section `mixture` names, and of the artefacts that its weights look at."""
+  names = names_of(section.shards) or bundle.names
+  bundle.check_names(names)
+  artefacts = bundle.active_artefacts()
+  looked_at = {
+    "classifier": [cdm_classifier.NAME],
+    "nearest": [cdm_centroids.key_of(name) for name in names],
+  }.get(section.weights, [])
+  parameters = {name: bundle.manifest["shards"][name]["parameters"] for name in names}
+  return manifest_lib.digest(
+    [parameters, {name: artefacts[name]["files"] for name in looked_at if name in artefacts}]
+  )
 
 
 def load_mixture(bundle: Bundle, config: Any) -> generate.Model:
@@ -56,7 +76,7 @@ def load_mixture(bundle: Bundle, config: Any) -> generate.Model:
     num_classes=network.num_classes,
     class_names=tuple(bundle.manifest["origins"][0]["class_names"]) if conditional else (),
     provenance={
-      "bundle": bundle.manifest[manifest_lib.SEAL],
+      "bundle": made_of(bundle, section),
       "shards": names,
       "mixture": config_lib.to_plain(section),
       "guidance": config_lib.to_plain(config.guidance),

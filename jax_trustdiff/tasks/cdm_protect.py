@@ -27,6 +27,8 @@ from jax_trustdiff.types import InputError
 
 FEW = 10  # effective samples
 
+reads = cdm_compose.reads
+
 
 def run(config, workdir: Workdir) -> dict[str, float]:
   """`cdm_compose` with weights 'equal' and sampler 'product', and what protect.num_images of its images say.

@@ -32,6 +32,10 @@ Found = list[tuple[str, str]]  # (what was checked, '' or what is wrong)
 OF_RUNS = {"config.json", "result.json", "report", ".lock", ".seconds"}  # of the run that made the bundle
 
 
+def reads(config) -> None:
+  """Never finished: files may have changed since, whatever the manifest says."""
+
+
 def run(config, workdir: Workdir) -> dict[str, float]:
   """Checks the bundle config.cdm.path and returns the number of checks; RunError, after all were made, if one failed.
 

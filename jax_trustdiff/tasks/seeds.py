@@ -1,5 +1,6 @@
 """One run, or one for each of several seeds with the mean and the interval of every metric."""
 
+import types
 from collections.abc import Callable
 
 from jax_trustdiff import config as config_lib
@@ -9,11 +10,23 @@ from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError
 
 
-def run(task: Callable[..., dict[str, float]], config, workdir: Workdir) -> dict[str, float]:
+def complete(task: types.ModuleType, config, workdir: Workdir) -> dict[str, float]:
+  """The metrics of a task for one or several seeds, by `Workdir.complete`: what the command line does.
+
+  A task that reads what others change has a function reads(config) -> its state (None: it is never finished).
+  """
+  reads = getattr(task, "reads", None)
+  state = None if reads is None else lambda: reads(config)
+  return workdir.complete(lambda: run(task.run, config, workdir, state), state)
+
+
+def run(
+  task: Callable[..., dict[str, float]], config, workdir: Workdir, reads: Callable[[], str | None] | None = None
+) -> dict[str, float]:
   """The metrics of `task(config, workdir)`; with config.seeds = '0,1,2' those of seed-0/, seed-1/, seed-2/ together.
 
   Then every metric is the mean over the seeds and '<metric>/interval' the half-width of its 95 % Student interval.
-  Each seed is a run of its own in workdir/seed-<seed>, with its own result.json; finished ones are not run again.
+  Each seed is a run of its own in workdir/seed-<seed>, with its own result.json; finished ones are not run again. reads: see `Workdir.complete`.
   """
   if config.seeds and "sweep_seeds" in config:
     raise InputError(
@@ -30,7 +43,7 @@ def run(task: Callable[..., dict[str, float]], config, workdir: Workdir) -> dict
   for seed in seeds:
     part = config_lib.from_plain(config_lib.to_plain(config) | {"seed": seed, "seeds": ""})
     folder = workdir.sub(f"seed-{seed}", part)
-    found = folder.complete(lambda seed=seed, part=part, folder=folder: _one(task, seed, part, folder))
+    found = folder.complete(lambda seed=seed, part=part, folder=folder: _one(task, seed, part, folder), reads)
     results.append(found)
   workdir.open()
   metrics = {}

@@ -20,7 +20,10 @@ import jax
 import jax_trustdiff
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel
+from jax_trustdiff.training.progress import say
 from jax_trustdiff.types import InputError
+
+READS = "reads"  # in result.json
 
 
 class Workdir:
@@ -124,16 +127,25 @@ class Workdir:
     file = self / "result.json"
     return json.loads(file.read_text())["metrics"] if file.exists() else None
 
-  def complete(self, run: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+  def complete(
+    self, run: Callable[[], Mapping[str, Any]], reads: Callable[[], str | None] | None = None
+  ) -> dict[str, Any]:
     """The metrics of result.json if this run is finished, else those of `run()`, written there; InputError as `check`.
 
-    The lock, which `run` takes by `open`, is given back.
+    reads: the state of what the run reads and others change, such as the seal of a bundle. The run is finished for the state at its
+    end alone, with None for none. The lock, which `run` takes by `open`, is given back.
     """
     self.check()
     metrics = None if self._changes() else self.finished_metrics()
+    if metrics is not None and reads is not None and (now := reads()) != self.recorded(READS):
+      if now is not None:
+        say(f"what {self.path} was made of has changed since: it is made again")
+      metrics = None
     if metrics is None:
       try:
         metrics = dict(run())
+        if reads is not None:
+          self.record(READS, reads() or "")
         self.write_result(metrics)
       finally:
         self.close()
