@@ -84,10 +84,12 @@ def test_the_mark_of_a_store_is_read_with_its_secret_and_its_ids(shaded, tmp_pat
   assert abs(found["none/bit_accuracy"] - 0.5) < 0.1 and found["none/p"] > 1e-4
 
 
-def test_one_secret_has_other_streams_for_another_model(shaded, tmp_path, secret):
+def test_one_secret_has_other_streams_for_another_model(shaded, tmp_path, secret, capsys):
   path, metrics = shaded
   read = {"images": str(path / "images"), "attacks.noise": (), "secret_file": secret}
+  capsys.readouterr()
   found = complete(tmp_path / "read", config_of(**read, **{"untrained.model.num_blocks": 2}))
+  assert "was made with another model: its mark is not found" in capsys.readouterr().err
   assert abs(found["none/bit_accuracy"] - 0.5) < 0.1 and metrics["none/matches"] == 32
 
 

@@ -17,7 +17,7 @@ CONFIGS = ROOT / "configs"
 RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.py"))
 
 IN_JOURNEY = ("wm_codec", "wm_embed", "wm_edm", "wm_attack")
-IN_JOURNEY += ("cdm_train", "cdm_classifier", "cdm_centroids", "cdm_compose", "cdm_protect", "cdm_attribute", "cdm_forget", "cdm_add", "cdm_verify")
+IN_JOURNEY += ("cdm_classifier", "cdm_centroids", "cdm_compose", "cdm_protect", "cdm_attribute", "cdm_forget", "cdm_add", "cdm_verify")
 MARKS = {"at_cifar": pytest.mark.floor, "cdm_journey": LONG}
 
 
@@ -38,7 +38,8 @@ def cpu_seconds() -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  # those of the benchmark and the quickstart are run by test_benchmark.py and test_colabs.py, IN_JOURNEY as stages and rows of wm_journey and cdm_journey
+  # those of the benchmark and the quickstart are run by test_benchmark.py and test_colabs.py, IN_JOURNEY as stages and rows of wm_journey and
+  # cdm_journey, and without the command line by test_cdm_bundle.py
   "recipe",
   [
     pytest.param(name, marks=MARKS.get(name, ()))

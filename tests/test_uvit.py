@@ -12,7 +12,7 @@ from conftest import shared_dir
 from jax_trustdiff.interop.uvit_names import from_uvit, to_uvit
 from jax_trustdiff.models.attention import attention, implementation
 from jax_trustdiff.models.registry import forward_flops, num_params
-from jax_trustdiff.models.uvit import UViT, uvit
+from jax_trustdiff.models.uvit import UViT, _patch_product, uvit
 from jax_trustdiff.types import DiffusionNetwork, InputError
 
 SMALL = dict(image_shape=(8, 12, 3), patch_size=4, embed_dim=32, depth=2, num_heads=4)
@@ -258,6 +258,26 @@ def test_refuses_unknown_sizes_and_conditions_it_does_not_take():
     network.apply(variables, x, t, context=jnp.zeros((3, 5, 6)))
   with pytest.raises(InputError, match=r"context of shape \(5, 6\), got \(\)"):
     UViT(**SMALL, context_shape=(5, 6)).apply(variables, x, t)
+
+
+@pytest.mark.parametrize("size, stride", [(1, 1), (2, 2), (3, 1), (4, 4)])
+def test_convolutions_are_products_of_patches(size, stride):
+  x = jax.random.normal(jax.random.key(0), (2, 8, 12, 3))
+  kernel = jax.random.normal(jax.random.key(1), (size, size, 3, 5))
+  padding = "SAME" if stride == 1 else "VALID"
+  numbers = ("NHWC", "HWIO", "NHWC")
+  expected = jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=numbers)
+  found = _patch_product(x, kernel, (stride, stride), padding)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_shards_through_vmap_hold_no_grouped_convolution():
+  """Which would take several times as long as the convolutions one by one (`benchmark.py:mixture`)."""
+  network = uvit("tiny", image_shape=(8, 8, 3), patch_size=2)
+  stacked = jax.vmap(network.init)(jax.random.split(jax.random.key(0), 2))
+  x, t = jnp.zeros((1, 8, 8, 3)), jnp.ones(1)
+  program = str(jax.make_jaxpr(jax.vmap(lambda v: network.apply(v, x, t)))(stacked))
+  assert "dot_general" in program and "conv_general_dilated" not in program
 
 
 @pytest.mark.parametrize("queries, keys", [(5, 7), (300, 290)])  # the second in groups

@@ -222,7 +222,7 @@ def image_store(
   """
   check_split(split)
   root = split_folder(existing(path, "the folder of an image store"), split)
-  manifest = _read_manifest(root)
+  manifest = read_manifest(root)
   for name, about in manifest["files"].items():
     if fault := _fault(root / name, about, thorough=False):
       raise InputError(f"{fault}; generate the store again to mend it")
@@ -251,7 +251,7 @@ def verify(path: str | os.PathLike) -> int:
   InputError names the first file that differs.
   """
   root = pathlib.Path(path).expanduser()
-  manifest = _read_manifest(root)
+  manifest = read_manifest(root)
   for name, about in manifest["files"].items():
     if fault := _fault(root / name, about, thorough=True):
       raise InputError(fault)
@@ -279,7 +279,8 @@ def _fault(file: pathlib.Path, about: Mapping[str, Any], thorough: bool) -> str 
   return None
 
 
-def _read_manifest(root: pathlib.Path) -> dict[str, Any]:
+def read_manifest(root: pathlib.Path) -> dict[str, Any]:
+  """The manifest of a complete store, with its provenance; InputError if it is not complete, or no store."""
   if not (root / MANIFEST).is_file():
     if (root / PLAN).is_file():
       plan = _read_json(root / PLAN, PLAN_KEYS)

@@ -102,9 +102,13 @@ def _backbone(bundle: Bundle, config) -> tuple[UViT, Variables]:
   classes = origin["num_classes"] if training.diffusion.conditional else 0
   network = denoisers.build_network(training.model, tuple(origin["image_shape"]), classes)
   plain = dataclasses.replace(network, prompt_length=0, prompts_per_class=False, label_dropout=0.0)
-  found = bundle.plain_backbone()
+  found = bundle.plain_backbone()["params"]
   wanted = jax.eval_shape(plain.init, jax.random.key(0))["params"]
-  return plain, {"params": {name: found["params"][name] for name in wanted}}
+  if missing := sorted(wanted.keys() - found.keys()):
+    raise InputError(
+      f"the backbone of {bundle.path} has no {missing[0]!r}, which shards have each of their own: it has no features without them"
+    )
+  return plain, {"params": {name: found[name] for name in wanted}}
 
 
 def _images(bundle: Bundle, names: list[str]) -> records.ImageSource:

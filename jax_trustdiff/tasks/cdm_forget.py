@@ -28,6 +28,7 @@ RISKS = (
   "the same picture under another label, cropped or nearly the same: an image is known by its bytes and its label",
   "the backbone, if there is one, and what it was trained on",
   "images that were sampled before, and models trained on those",
+  "pictures in reports of other runs, such as those of attribution and of centroids",
   "settings that were chosen by looking at results with the forgotten data",
 )
 

@@ -123,6 +123,8 @@ def load_model(config) -> Model:
   if path:
     classifier, about = noise_classifiers.load_to_guide(path, denoiser.network, names)
     if config.generate.dtype:
+      if not hasattr(classifier.network, "dtype"):
+        raise InputError(f"generate.dtype: the classifier {path} computes in the type of its backbone")
       network = dataclasses.replace(classifier.network, dtype=config.generate.dtype)
       classifier = dataclasses.replace(classifier, network=network)
     guided = dataclasses.replace(guided, classifier=classifier, classifier_scale=scale)

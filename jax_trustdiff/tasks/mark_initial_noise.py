@@ -7,6 +7,7 @@ it is hidden only from who does not know the noise.
 
 import hashlib
 import json
+import pathlib
 import secrets
 from typing import Any
 
@@ -22,7 +23,7 @@ from jax_trustdiff.diffusion.solvers import initial_noise
 from jax_trustdiff.evaluation import fid, image_attacks, report, statistics
 from jax_trustdiff.tasks import codecs, denoisers, generation_metrics, reports, store_writing
 from jax_trustdiff.tasks.sampling import balanced_labels, image_keys, quantise
-from jax_trustdiff.training.progress import ProgressReport
+from jax_trustdiff.training.progress import ProgressReport, say
 from jax_trustdiff.training.workdir import Workdir, write_atomically
 from jax_trustdiff.types import InputError, RunError, to_signed
 from jax_trustdiff.watermark import detection, keys
@@ -45,18 +46,27 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   """
   section = config.detect
   mesh = parallel.make_local_mesh()
-  model = denoisers.load_or_make(config)[0]
+  model, known = denoisers.load_or_make(config)
   sampler = denoisers.build_sampler(config_lib.to_plain(config.sampler), model.preconditioning)
   attacks = _check(config, sampler, mesh)
   secret = _secret(config, workdir)
   # bound to the model: one secret may mark the samples of several, and no stream comes twice
-  fingerprint = store_writing.fingerprint(type(model.network).__name__, model.variables)
-  bound = f"{secret} {fingerprint}"
+  bound = f"{secret} {store_writing.fingerprint(type(model.network).__name__, model.variables)}"
   mark = config_lib.build(MARKS, config.mark, secret=bound, image_shape=model.network.image_shape)
   carries_bits = isinstance(mark, GaussianShading)
   bits = keys.draw(secret, [0], mark.num_bits, config.mark.name)[0] if carries_bits else None
   if carries_bits:
     detection.threshold(mark.num_bits, section.false_positive_rate)  # raises for too few
+  described = {name: known[name] for name in ("model", "denoiser")}
+  provenance = {
+    "mark": config_lib.to_plain(config.mark),
+    "secret_id": hashlib.sha256(f"id of {secret}".encode()).hexdigest()[:16],
+    "nonces": config.nonces,
+    "seed": config.seed,
+    "model": store_writing.fingerprint(described, model.variables),
+    "sampler": config_lib.to_plain(config.sampler),
+    "batch_size": section.batch_size,
+  }
   source = _marked_images(config, model.network.image_shape) if config.images else None
   reference = _reference(config, model.network.image_shape) if source is None else None
   extract = generation_metrics.build_extractor(config.metrics, mesh) if reference is not None else None
@@ -73,17 +83,9 @@ def run(config, workdir: Workdir) -> dict[str, float]:
       UNMARKED: solve.sample(start, ids, "unmarked sample"),
       NONE: solve.sample(_marked(mark, bits, start, nonces), ids, "marked sample"),
     }
-    provenance = {
-      "mark": config_lib.to_plain(config.mark),
-      "secret_id": hashlib.sha256(f"id of {secret}".encode()).hexdigest()[:16],
-      "nonces": config.nonces,
-      "seed": config.seed,
-      "model": fingerprint,
-      "sampler": config_lib.to_plain(config.sampler),
-      "batch_size": section.batch_size,
-    }
     _write_store(workdir, model.network.num_classes, images[NONE], ids, provenance)
   else:
+    _say_what_differs(config.images, provenance)
     images = {NONE: source.take(np.arange(len(source)))["image"]}
   found: dict[str, dict[str, Any]] = {}
   for name, attack in {**dict.fromkeys(images), **attacks}.items():
@@ -110,6 +112,15 @@ def _marked_images(config, image_shape: tuple[int, ...]) -> records.ImageSource:
       f"{config.images} has images of {source.image_shape}, and the model makes {tuple(image_shape)}"
     )
   return source
+
+
+def _say_what_differs(path: str, provenance: dict[str, Any]) -> None:
+  """A line if the store was made with another secret, model or setting than those its mark is now looked for with."""
+  made = image_store.read_manifest(pathlib.Path(path))["provenance"]
+  now = json.loads(json.dumps(provenance | {"batch_size": made.get("batch_size")}))
+  differ = [name for name in now if made.get(name) != now[name]]
+  if differ:
+    say(f"{path} was made with another {', '.join(differ)}: its mark is not found with these")
 
 
 def _write_store(
