@@ -55,8 +55,8 @@ def load_mixture(bundle: Bundle, config: Any) -> generate.Model:
   """The mixture that config.mixture and config.guidance describe.
 
   mixture.shards: names by commas ('': all). weights: of WEIGHTS, where 'classifier' is the bundle's (cdm_classifier.py), 'nearest' goes by
-  its centroids (cdm_centroids.py) and mixture.nearest, the fields of `weights.Nearest`, and 'fixed' takes mixture.proportions, one for each shard; or of RANDOM, one shard drawn for every step. top_k: only the k largest weights of an image (0: all).
-  impl: see `Mixture`. guidance.scale with order 'mixture_first' guides the mixture, with 'guidance_first' every shard.
+  its centroids (cdm_centroids.py) and mixture.nearest, the fields of `weights.Nearest`, and 'fixed' takes mixture.proportions, one for
+  each shard; or of RANDOM, one shard drawn for every step. top_k: only the k largest weights of an image (0: all). impl: see `Mixture`. guidance.scale with order 'mixture_first' guides the mixture, with 'guidance_first' every shard.
   """
   section = config.mixture
   stack, names = bundle.stack(names_of(section.shards))

@@ -149,8 +149,8 @@ def train(
   """(averaged variables on the host, metrics) at the end of the training, or of what the workdir's checkpoint left of it.
 
   The metrics are those of `validate` at the end and, as first/..., at the first validation, with num_steps and num_params.
-  private: nobody but their owner may read the checkpoints. backbone: the variables of the frozen network inside, if there is one. InputError, before anything is written, for an init_from or a batch that does not
-  fit.
+  private: nobody but their owner may read the checkpoints. backbone: the variables of the frozen network inside, if there is one.
+  InputError, before anything is written, for an init_from or a batch that does not fit.
   """
   variables = _initial_variables(config, network) if config.init_from else None
   arguments = (trainer.init, trainer.optimizer)

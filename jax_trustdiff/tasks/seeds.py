@@ -26,7 +26,8 @@ def run(
   """The metrics of `task(config, workdir)`; with config.seeds = '0,1,2' those of seed-0/, seed-1/, seed-2/ together.
 
   Then every metric is the mean over the seeds and '<metric>/interval' the half-width of its 95 % Student interval.
-  Each seed is a run of its own in workdir/seed-<seed>, with its own result.json; finished ones are not run again. reads: see `Workdir.complete`.
+  Each seed is a run of its own in workdir/seed-<seed>, with its own result.json; finished ones are not run again.
+  reads: see `Workdir.complete`.
   """
   if config.seeds and "sweep_seeds" in config:
     raise InputError(

@@ -107,8 +107,8 @@ def fit(
 
   Starts from the newest checkpoint in the workdir if there is one, exactly: parameters, optimizer, average,
   statistics, step and so the order of the data, and the metrics since their last line. The buffers of `state`
-  are given up, but for a frozen network's, before anything is restored. `validate(state)` returns metrics, of which `score` ranks the
-  checkpoints. `batch_size` is for images/s. The steps of plan.profile are traced into workdir/profile. Records `input_stall`, at most
+  are given up, but for a frozen network's, before anything is restored. `validate(state)` returns metrics, of which
+  `score` ranks the checkpoints. `batch_size` is for images/s. The steps of plan.profile are traced into workdir/profile. Records `input_stall`, at most
   the part of the time of training steps in which the devices waited for data, since the start or the resumption.
   RunError at a loss that is not finite, naming the step; Stopped after SIGTERM or Ctrl-C, saved.
   """
