@@ -13,7 +13,7 @@ report/report.html shows it all. A run that was stopped goes on with the same co
 Cost: two trainings of edm_cifar.py:short, 20 million images each, on an accelerator.
 
 Variants:
-  cpu      Fashion-MNIST (data_path: the folder with its four idx files), a key of 32 bits and small models: 37 minutes of two cores
+  cpu      Fashion-MNIST (data_path: the folder with its four idx files), a key of 32 bits and small models: 33 to 37 minutes of two cores
   smoke    seconds; the bundled digits and a few steps of everything: it tries the machinery
 """
 
