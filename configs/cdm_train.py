@@ -75,6 +75,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.shards.groups = "0,1,2,3,4;5,6,7,8,9"
     config.shards.num_slices = 2
     config.train.update(batch_size=256, num_epochs=2, log_every=2, checkpoint_every=4)
+    if "prompts" not in names:
+      config.model.update(channel_mult=(1,), attention_resolutions=())
   return config_lib.finish(config, overrides)
 
 

@@ -144,7 +144,7 @@ def _damage(directory, how):
     ("binary description", "not JSON"),
     ("a list", "not the description of an export"),
     ("other width", "does not fit"),
-    ("other name", "preact_resnet, residual_codec, stamp_codec, uvit, wide_resnet"),
+    ("other name", "preact_resnet, residual_codec, stamp_codec, uvit, uvit_head, wide_resnet"),
     ("other argument", "wide"),
     ("other depth", "4 \\+ 6n"),
   ],
