@@ -93,9 +93,9 @@ def _shrink(config):
   config.data = config_lib.to_plain(small.data)
   config.model.update(
     model_channels=8,
-    channel_mult=(1, 1),
+    channel_mult=(1,),
     num_blocks=1,
-    attention_resolutions=(4,),
+    attention_resolutions=(8,),
     remat=False,
     dtype="float32",
   )
