@@ -54,7 +54,7 @@ class UViTHead:
   def init(self, key: Key[Array, ""]) -> Variables:
     """A fresh head on a fresh backbone."""
     backbone = self.backbone.init(key)
-    tokens = jax.eval_shape(self._tokens, backbone, *_one_image(self.image_shape))
+    tokens = jax.eval_shape(self.backbone.middle, backbone, jnp.zeros((1, *self.image_shape)), jnp.ones(1))
     params = _Head(self).init(jax.random.fold_in(key, 1), jnp.zeros(tokens.shape, tokens.dtype))
     return {**params, BACKBONE: backbone}
 
@@ -66,11 +66,8 @@ class UViTHead:
     dropout_key: Key[Array, ""] | None = None,
   ) -> Logits:
     """Logits of noisy images, scaled and told as the backbone is; there is no dropout."""
-    tokens = self._tokens(variables[BACKBONE], x, noise_labels)
+    tokens = self.backbone.middle(variables[BACKBONE], x, noise_labels)
     return _Head(self).apply({"params": variables["params"]}, tokens)
-
-  def _tokens(self, backbone: Variables, x: jax.Array, noise_labels: jax.Array) -> jax.Array:
-    return self.backbone.middle(backbone, x, noise_labels)
 
 
 class _Head(nn.Module):
@@ -83,7 +80,3 @@ class _Head(nn.Module):
     h = Block(config.num_heads, 4, h.dtype, name="block")(h)
     h = nn.LayerNorm(name="norm")(h).mean(1)
     return nn.Dense(config.num_classes, kernel_init=nn.initializers.zeros, name="logits")(h)
-
-
-def _one_image(image_shape: tuple[int, int, int]) -> tuple[jax.Array, jax.Array]:
-  return jnp.zeros((1, *image_shape)), jnp.ones(1)

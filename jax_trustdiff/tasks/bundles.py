@@ -35,6 +35,7 @@ import jax_trustdiff
 from jax_trustdiff import config as config_lib
 from jax_trustdiff.cdm import manifest as manifest_lib
 from jax_trustdiff.cdm import shards as cdm_shards
+from jax_trustdiff.data.records import ImageSource
 from jax_trustdiff.diffusion.denoisers import Denoiser
 from jax_trustdiff.diffusion.losses import LOSSES
 from jax_trustdiff.interop import export, safetensors_io
@@ -179,6 +180,11 @@ class Bundle:
     gone = set(self.manifest["forgotten"])
     kept = [self.salted(data.contents[i]) not in gone for i in found] if gone else np.ones(len(found), bool)
     return found[np.array(kept, bool)]
+
+  def source(self, name: str) -> ImageSource:
+    """The images that a shard is to have (`rows`)."""
+    origin = self.manifest["shards"][name]["origin"]
+    return self.data(origin).source.select(self.rows(origin, name))
 
   def stack(
     self, names: Sequence[str] = (), capacity: int | None = None

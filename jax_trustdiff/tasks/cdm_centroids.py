@@ -51,11 +51,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
           f"centroids.per_shard={per_shard}: shard {name} has {bundle.manifest['shards'][name]['num_images']} images"
         )
     workdir.open()
-    sources = {
-      name: bundle.data(origin).source.select(bundle.rows(origin, name))
-      for name in names
-      for origin in [bundle.manifest["shards"][name]["origin"]]
-    }
+    sources = {name: bundle.source(name) for name in names}
     features = {name: extractor(source, f"image of {name}").features for name, source in sources.items()}
     for name, one in features.items():
       if not one.any(1).all():

@@ -119,8 +119,8 @@ def _images(bundle: Bundle, names: list[str]) -> records.ImageSource:
   num_classes = bundle.manifest["origins"][0]["num_classes"] if conditional else 1
   images, labels = [], []
   for slot, name in enumerate(names):
-    origin = bundle.manifest["shards"][name]["origin"]
-    batch = bundle.data(origin).source.take(bundle.rows(origin, name))
+    source = bundle.source(name)
+    batch = source.take(np.arange(len(source)))
     images.append(batch["image"])
     labels.append(
       slot * num_classes + (batch["label"] if conditional else np.zeros(len(batch["label"]), np.int32))

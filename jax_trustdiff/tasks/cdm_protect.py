@@ -7,7 +7,6 @@ estimates, by log-densities of samples along the probability-flow ODE; they boun
 Shards have no classes here: those of images would want a product, and a k, for each class.
 """
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -45,10 +44,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   own_sampler = denoisers.build_sampler(config.own_sampler, model.preconditioning)
   mesh = parallel.make_local_mesh()
   own = ImageSampler(own_sampler, model.network.image_shape, mesh, config.protect.batch_size, config.seed)
-  members = [
-    dataclasses.replace(shards.common, variables=shards.common.variables | bundle.variables(name))
-    for name in names
-  ]
+  members = [shards.member(slot) for slot in range(len(names))]
   likelihood = evaluate_likelihood.build_likelihood(config, members[0])
 
   metrics = generate.fill_store(config, workdir, model)

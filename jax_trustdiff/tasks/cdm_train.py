@@ -124,9 +124,8 @@ def _pictures(bundle: Bundle, each: int) -> np.ndarray:
   """A row of images for every shard, filled up with white ones."""
   rows = []
   for name in bundle.names:
-    origin = bundle.manifest["shards"][name]["origin"]
-    source = bundle.data(origin).source
-    images = source.take(bundle.rows(origin, name)[:each])["image"]
+    source = bundle.source(name)
+    images = source.take(np.arange(min(each, len(source))))["image"]
     blank = np.full((each - len(images), *source.image_shape), 255, np.uint8)
     rows.append(np.concatenate([images, blank]))
   return np.concatenate(rows)
