@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jax_trustdiff.pytrees import leaf_name
 from jax_trustdiff.types import InputError, PyTree
 
 AXES = ("data", "model", "shard")
@@ -174,7 +175,7 @@ def shardings(mesh: AnyMesh, tree: PyTree, rules: Sequence[tuple[str, Rule]]) ->
   rules = [(re.compile(pattern), rule) for pattern, rule in rules]
 
   def leaf_sharding(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    name = leaf_name(path)
     rule = next((rule for pattern, rule in rules if pattern.search(name)), "replicate")
     return NamedSharding(mesh, _partition(mesh, name, leaf.shape, rule))
 

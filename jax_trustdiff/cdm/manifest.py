@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_trustdiff.pytrees import leaves_by_name
 from jax_trustdiff.types import InputError, PyTree
 
 SEAL = "sha256"
@@ -38,10 +39,7 @@ def tree_digest(tree: PyTree) -> str:
   Typed random keys count as their data.
   """
   found = hashlib.sha256()
-  leaves = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  leaves = leaves_by_name(tree)
   for path in sorted(leaves):
     leaf = leaves[path]
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

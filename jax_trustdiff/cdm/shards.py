@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jax_trustdiff.pytrees import register_pytree
+from jax_trustdiff.pytrees import register_pytree, shapes_by_name
 from jax_trustdiff.types import DenoiseFn, InputError, PyTree
 
 MOST_IN_ORDER = 64  # shards
@@ -98,9 +98,9 @@ def stack(
     raise InputError(f"{len(own)} shards do not fit {capacity} slots: at least one, and no more than slots")
   if len(proportions) != len(own) or min(proportions) <= 0:
     raise InputError(f"each of {len(own)} shards needs a positive proportion, got {proportions}")
-  wanted = _described(own[0])
+  wanted = shapes_by_name(own[0])
   for number, one in enumerate(own):
-    if (found := _described(one)) != wanted:
+    if (found := shapes_by_name(one)) != wanted:
       name = next(k for k in sorted(wanted | found) if wanted.get(k) != found.get(k))
       raise InputError(
         f"shard {number} has another network than shard 0: {name} is {found.get(name)}, not {wanted.get(name)}"
@@ -155,10 +155,3 @@ def per_image(value: jax.Array, x: jax.Array) -> jax.Array:
 def inner(a: jax.Array, b: jax.Array) -> jax.Array:
   """Inner product of images over their last three axes: [s b h w c] with [b h w c] or its like -> [s b]."""
   return (a * b).sum((-3, -2, -1))
-
-
-def _described(tree: PyTree) -> dict[str, Any]:
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), str(leaf.dtype))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_trustdiff.models.linen import check
+from jax_trustdiff.pytrees import leaf_name, leaves_by_name
 from jax_trustdiff.types import BACKBONE, DiffusionNetwork, Variables
 
 
@@ -72,7 +73,7 @@ class LoRA(_Adapted):
   def on(self, backbone: Variables, key: jax.Array) -> Variables:
     """Fresh adapters {'params': {path: {'a', 'b'}}} of these variables, which go with them."""
     found = {}
-    for number, (path, kernel) in enumerate(sorted(_leaves(backbone["params"]).items())):
+    for number, (path, kernel) in enumerate(sorted(leaves_by_name(backbone["params"]).items())):
       if kernel.ndim < 2 or not re.search(self.targets, path):
         continue
       rows, columns = math.prod(kernel.shape[:-1]), kernel.shape[-1]
@@ -90,7 +91,7 @@ class LoRA(_Adapted):
     adapters, backbone = variables["params"], variables[BACKBONE]
 
     def updated(path, kernel):
-      adapter = adapters.get(_name(path))
+      adapter = adapters.get(leaf_name(path))
       if adapter is None:
         return kernel
       change = (self.alpha / self.rank) * (adapter["a"] @ adapter["b"])
@@ -110,15 +111,15 @@ class Partial(_Adapted):
 
     Parameters that they do not have, such as prompts of a network that was trained without, are drawn.
     """
-    fresh = _leaves(jax.eval_shape(self.backbone.init, key)["params"])
-    there = _leaves(backbone["params"])
+    fresh = leaves_by_name(jax.eval_shape(self.backbone.init, key)["params"])
+    there = leaves_by_name(backbone["params"])
     if missing := [path for path in fresh if path not in there]:
       check(
         all(re.search(self.trained, path) for path in missing),
         f"Partial: the backbone lacks {missing[0]!r}, which is not trained",
       )
       there |= {
-        path: leaf for path, leaf in _leaves(self.backbone.init(key)["params"]).items() if path in missing
+        path: leaf for path, leaf in leaves_by_name(self.backbone.init(key)["params"]).items() if path in missing
       }
     chosen = {path: leaf for path, leaf in there.items() if re.search(self.trained, path)}
     check(bool(chosen), f"Partial: no parameter's path matches {self.trained!r}")
@@ -128,7 +129,7 @@ class Partial(_Adapted):
   def merged(self, variables: Variables) -> Variables:
     """Variables of the network as one: what to export."""
     backbone = variables[BACKBONE]
-    together = _leaves(backbone["params"]) | _leaves(variables["params"])
+    together = leaves_by_name(backbone["params"]) | leaves_by_name(variables["params"])
     return backbone | {"params": _nested(together)}
 
 
@@ -138,14 +139,6 @@ def none(backbone: DiffusionNetwork) -> DiffusionNetwork:
 
 
 ADAPTERS = {"none": none, "lora": LoRA, "partial": Partial}
-
-
-def _name(path: tuple) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _leaves(tree: Any) -> dict[str, Any]:
-  return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _nested(leaves: dict[str, Any]) -> dict[str, Any]:

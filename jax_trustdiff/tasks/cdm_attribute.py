@@ -26,7 +26,7 @@ METHODS = ("denoising", "classifier", "path")
 
 def reads(config) -> str:
   """What the credit is computed from, for `seeds.complete`."""
-  return cdm_compose.made_of(Bundle(config.cdm.path), _section(config))
+  return cdm_compose.made_of(Bundle(config.cdm.path), _composed(config).mixture)
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
@@ -60,24 +60,21 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 
 
 def _mixture(bundle: Bundle, config: Any) -> tuple[Mixture, list[str]]:
-  section = config_lib.to_plain(_section(config))
-  whole = config_lib.from_plain(
-    config_lib.to_plain(config) | {"mixture": section, "guidance": cdm_compose.NO_GUIDANCE}
-  )
-  model = cdm_compose.load_mixture(bundle, whole)
+  composed = _composed(config)
+  model = cdm_compose.load_mixture(bundle, composed)
   if not isinstance(model.unlabelled, Mixture):
     raise InputError(
-      f"mixture.weights={section['weights']!r} is no mixture whose shards could be given credit"
+      f"mixture.weights={composed.mixture.weights!r} is no mixture whose shards could be given credit"
     )
   return model.unlabelled, model.provenance["shards"]
 
 
-def _section(config: Any) -> Any:
-  """config.mixture with the weights that the method wants."""
-  section = config_lib.to_plain(config.mixture)
+def _composed(config: Any) -> Any:
+  """`config` with the weights of the mixture that the method wants, and without guidance."""
+  plain = config_lib.to_plain(config) | {"guidance": cdm_compose.NO_GUIDANCE}
   if config.attribute.method != "denoising":
-    section["weights"] = "classifier"
-  return config_lib.from_plain(section)
+    plain["mixture"]["weights"] = "classifier"
+  return config_lib.from_plain(plain)
 
 
 def _check(config: Any, mixture: Mixture, source: records.ImageSource) -> None:

@@ -64,7 +64,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     bundle.save()
   metrics = {"num_centroids": sum(map(len, found.values()))}
   if len(names) > 1:
-    metrics |= {f"own/{name}": _own(features[name], name, found) for name in names}
+    directions = {name: _unit(one) for name, one in found.items()}
+    metrics |= {f"own/{name}": _own(_unit(features[name]), name, directions) for name in names}
   _report(config, workdir, sources, features, found, metrics)
   return metrics
 
@@ -125,8 +126,8 @@ def _unit(features: np.ndarray) -> np.ndarray:
 
 
 def _own(features: np.ndarray, name: str, found: dict[str, np.ndarray]) -> float:
-  """The share of images whose nearest centroid, as directions, is one of the shard's own."""
-  nearest = {one: (_unit(features) @ _unit(centroids).T).max(1) for one, centroids in found.items()}
+  """The share of images whose nearest centroid is one of the shard's own; both as directions."""
+  nearest = {one: (features @ centroids.T).max(1) for one, centroids in found.items()}
   others = np.max([values for one, values in nearest.items() if one != name], axis=0)
   return float((nearest[name] > others).mean())
 

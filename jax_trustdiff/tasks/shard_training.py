@@ -18,6 +18,7 @@ from jax_trustdiff.cdm import manifest as manifest_lib
 from jax_trustdiff.cdm import slices
 from jax_trustdiff.data import augment
 from jax_trustdiff.interop import safetensors_io
+from jax_trustdiff.pytrees import leaf_name, leaves_by_name, shapes_by_name
 from jax_trustdiff.tasks import denoisers
 from jax_trustdiff.tasks.bundles import ADAPTER, IMAGES, Bundle, build_model, environment, file_digests
 from jax_trustdiff.tasks.compartments import Schedule, ShardFeed, sizes_of
@@ -27,7 +28,7 @@ from jax_trustdiff.training.checkpoints import Checkpoints
 from jax_trustdiff.training.ema import half_life_decay
 from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir, write_atomically
-from jax_trustdiff.types import BACKBONE, InputError, PyTree, to_signed
+from jax_trustdiff.types import BACKBONE, InputError, to_signed
 
 LOCAL_KEYS = "threefry2x32"  # what an image's eight bytes are a key of, whatever jax's default
 
@@ -221,7 +222,7 @@ def check(training: Any, image_shape: tuple[int, int, int], num_classes: int, ba
   key = jax.random.key(0)
   fresh = jax.eval_shape(model.network.init, key)
   started = jax.eval_shape(model.network.on, backbone, key) if training.adapter.name != "none" else backbone
-  wanted, found = (_shapes(tree) for tree in (fresh, started))
+  wanted, found = (shapes_by_name(tree) for tree in (fresh, started))
   if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
     name = wrong[0]
     raise InputError(
@@ -258,17 +259,16 @@ def build_step(config: Any, model: Model) -> tuple[state.StepFn, Any]:
 def _stored(train_state: state.TrainState) -> dict[str, np.ndarray]:
   """The arrays of a training state by name, the frozen backbone left out; keys as their data."""
   gathered = parallel.gather_to_host(state.without_backbone(train_state)[0])
-  return {name: np.asarray(leaf, order="C") for name, leaf in _named(gathered).items()}
+  return {name: np.asarray(leaf, order="C") for name, leaf in leaves_by_name(gathered).items()}
 
 
 def _restored(file: pathlib.Path, like: state.TrainState) -> state.TrainState:
   """The state of a file, its arrays placed as those of `like`, whose backbone it keeps."""
   flat = safetensors_io.load_flat(file)
+  moving, frozen = state.without_backbone(like)
 
   def placed(path, leaf):
-    name = _name(path)
-    if name.startswith(f"collections/{BACKBONE}/"):
-      return leaf
+    name = leaf_name(path)
     if name not in flat:
       raise InputError(f"{file} holds no {name!r}: it is of another network or optimizer")
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -277,16 +277,4 @@ def _restored(file: pathlib.Path, like: state.TrainState) -> state.TrainState:
       )
     return parallel.place(flat[name], leaf)
 
-  return jax.tree_util.tree_map_with_path(placed, like)
-
-
-def _shapes(tree: PyTree) -> dict[str, Any]:
-  return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in _named(tree).items()}
-
-
-def _named(tree: PyTree) -> dict[str, Any]:
-  return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _name(path: tuple) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")
+  return state.joined(jax.tree_util.tree_map_with_path(placed, moving), frozen)

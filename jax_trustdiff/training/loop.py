@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax_trustdiff import parallel
 from jax_trustdiff.training.checkpoints import Checkpoints, template
 from jax_trustdiff.training.progress import ProgressReport, duration, say
-from jax_trustdiff.training.state import StepFn, TrainState, without_backbone
+from jax_trustdiff.training.state import StepFn, TrainState, joined, without_backbone
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError, PyTree, RunError, Stopped
 
@@ -118,7 +118,7 @@ def fit(
     wanted = template(moving)
     jax.tree.map(lambda x: x.delete(), moving)  # else two states would be on the devices
     moving, meta = checkpoints.restore_latest(wanted)
-    state = dataclasses.replace(moving, collections=moving.collections | frozen)
+    state = joined(moving, frozen)
     window = meta["window"]
     say(f"resuming at step {int(state.step)} of {plan.num_steps}")
   step = int(state.step)

@@ -113,15 +113,19 @@ def with_variables(state: TrainState, variables: Variables) -> TrainState:
 
 def with_backbone(state: TrainState, backbone: Variables) -> TrainState:
   """`state` with these variables of its frozen network, each leaf put where it was."""
-  placed = parallel.place(backbone, state.collections[BACKBONE])
-  return dataclasses.replace(state, collections=state.collections | {BACKBONE: placed})
+  return joined(state, {BACKBONE: parallel.place(backbone, state.collections[BACKBONE])})
 
 
-def without_backbone(state: TrainState) -> tuple[TrainState, PyTree]:
-  """(what of `state` training changes, the collection of a frozen network, {} if there is none)."""
+def without_backbone(state: TrainState) -> tuple[TrainState, Variables]:
+  """(what of `state` training changes, the collection of a frozen network, {} if there is none); `joined` undoes it."""
   kept = {name: tree for name, tree in state.collections.items() if name != BACKBONE}
   frozen = {name: tree for name, tree in state.collections.items() if name == BACKBONE}
   return dataclasses.replace(state, collections=kept), frozen
+
+
+def joined(state: TrainState, collections: Variables) -> TrainState:
+  """`state` with these collections beside, or in place of, its own."""
+  return dataclasses.replace(state, collections=state.collections | collections)
 
 
 def make_train_step(
