@@ -8,7 +8,7 @@ to its noise, for which one needs the model; a stolen sample is read without it 
       --config.reference.path=<CIFAR-10 npz folder>
 
 Samples detect.num_images images with the mark and as many without, from the same noise; attacks the marked ones; writes verdict.json, the secret
-(secret.txt, which reads and forges the mark), and report/ with FID of both and the bootstrap interval of the difference.
+(secret.txt, which reads and forges the mark), and report/ with FID of both, the bootstrap interval of the difference and its p-value.
 
 nonces=False gives all images one stream: they are then read without knowing which is which, and resemble each other.
 
@@ -52,7 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
     batch_size=256,
     false_positive_rate=1e-6,
     num_reference=0,  # the first so many; 0: all
-    num_bootstraps=100,
+    num_resamples=400,  # of pairs of a marked and an unmarked sample, for the difference of their FID
   )
   config.reference = dict(name="npz", path="data/cifar10", num_classes=0)  # for FID
   config.metrics = dict(
@@ -69,5 +69,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.sampler.num_steps = 3
     config.mark.num_bits = 32
     config.attacks.update(noise=(0.1,), jpeg=(), blur=())
-    config.detect.update(num_images=32, batch_size=32, num_reference=100, num_bootstraps=20)
+    config.detect.update(num_images=32, batch_size=32, num_reference=100, num_resamples=20)
   return config_lib.finish(config, overrides)

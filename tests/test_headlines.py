@@ -80,7 +80,8 @@ def test_marks_on_the_initial_noise(cifar, tmp_path):
     tmp_path / "run", "--config=configs/wm_noise.py:cpu", *(f"--config.{k}={v}" for k, v in marking.items())
   )
   assert found["none/bit_accuracy"] >= 0.99 and found["none/matches"] == 64
-  assert found["fid_difference_low"] < 0 < found["fid_difference_high"]
+  assert found["fid_difference_low"] < found["fid_difference"] < found["fid_difference_high"]
+  assert found["fid_difference_p"] > 0.01  # exact: one secret in a hundred would fail, and this one is fixed
 
 
 def test_journey_of_compartments(tmp_path):

@@ -470,7 +470,36 @@ def test_crossed_interval_covers_the_mean_of_other_seeds_and_images():
   assert within(of_seeds, (0.0, 0.5)) < 0.9
 
 
+def test_a_paired_difference_is_exact_without_one_and_finds_one():
+  rng = np.random.default_rng(0)
+
+  def found(shift, together, n=12, num_resamples=99):
+    common = together * rng.standard_normal(n)
+    values = np.concatenate([common + rng.exponential(size=n) + shift, common + rng.exponential(size=n)])
+    return statistics.paired_difference(lambda rows: float(values[rows].mean()), n, num_resamples, seed=1)
+
+  same = [found(0.0, together=3.0) for _ in range(300)]
+  for level in (0.05, 0.2, 0.5):  # within 3.3 standard deviations of 300 tries
+    share = np.mean([one.p <= level for one in same])
+    assert abs(share - level) < 3.3 * math.sqrt(level * (1 - level) / 300), level
+  assert 0.85 < np.mean([one.low < 0 < one.high for one in same]) < 0.99  # of 12 pairs it is somewhat narrow
+  other = [found(2.0, together=3.0) for _ in range(20)]
+  assert np.mean([one.value for one in other]) == pytest.approx(2, abs=0.4)
+  assert sum(one.p < 0.05 and one.low > 0 for one in other) >= 19  # were partners not kept together, common noise would hide it
+
+
+def test_a_paired_difference_says_how_far_it_is():
+  seen = []
+  values = np.array([1.0, 2.0, 3.0, 4.0, 5.0, *[0.0] * 5])
+  found = statistics.paired_difference(lambda rows: float(values[rows].sum()), 5, 20, 0, seen.append)
+  assert found.value == 15 and 5 <= found.low <= 15 <= found.high <= 25
+  assert seen[-1] == 40 and seen == sorted(seen)
+
+
 def test_intervals_refuse():
+  for n, num_resamples in ((1, 20), (2, 19)):
+    with pytest.raises(InputError, match=f"found {n} and {num_resamples}"):
+      statistics.paired_difference(lambda rows: 0.0, n, num_resamples, 0)
   with pytest.raises(InputError, match="at least 2, found 1"):
     statistics.crossed_interval(np.ones((3, 1)))
   with pytest.raises(ValueError, match="at least 2 values, found 1"):

@@ -6,6 +6,7 @@ Values compare only between sets of the same size, features of the same network 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -113,14 +114,28 @@ class FrechetDistanceTo:
 
   def __call__(self, features: Float[Array | np.ndarray, "n d"]) -> float:
     """The distance to the Gaussian with mean and covariance (by n - 1) of the features. InputError for fewer than 2."""
+    return self.of_rows(features)(np.arange(len(features)))
+
+  def of_rows(
+    self, features: Float[Array | np.ndarray, "n d"]
+  ) -> Callable[[Int[np.ndarray, "m"]], float]:
+    """Of any m rows of these features, as often as they are drawn; what all such sets have in common is computed once."""
     features = np.asarray(features, np.float64)
     if len(features) < 2 or features.shape[1] != self.mu.size:
       raise InputError(f"at least 2 features of {self.mu.size} values are needed, found {features.shape}")
-    mean = features.mean(0)
-    centred = (features - mean) / np.sqrt(len(features) - 1)
-    turned = centred @ self._root
-    gram = turned @ turned.T if len(turned) < self.mu.size else turned.T @ turned
-    return _frechet(self.mu - mean, np.trace(self.sigma) + (centred**2).sum(), np.linalg.eigvalsh(gram))
+    turned = features @ self._root
+
+    def distance(rows):
+      if len(rows) < 2:
+        raise InputError(f"at least 2 features are needed, found {len(rows)}")
+      chosen, mean = features[rows], features[rows].mean(0)
+      of_chosen = turned[rows] - turned[rows].mean(0)
+      gram = of_chosen @ of_chosen.T if len(rows) < self.mu.size else of_chosen.T @ of_chosen
+      values = np.linalg.eigvalsh(gram / (len(rows) - 1))
+      traces = np.trace(self.sigma) + ((chosen - mean) ** 2).sum() / (len(rows) - 1)
+      return _frechet(self.mu - mean, traces, values)
+
+    return distance
 
 
 def _check_moments(mu1, sigma1, mu2, sigma2) -> None:

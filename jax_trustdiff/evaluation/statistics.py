@@ -1,10 +1,11 @@
-"""Intervals for what is measured: an accuracy on n images, a mean over a few seeds, or over both."""
+"""Intervals for what is measured: an accuracy on n images, a mean over a few seeds, or over both; a difference of two sets of n."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import special
 
 from jax_trustdiff.types import InputError
@@ -76,3 +77,48 @@ def crossed_interval(values: Float[np.ndarray, "seeds images"]) -> tuple[float, 
   if seeds > 1:
     square += mean_interval(values.mean(axis=1).tolist())[1] ** 2
   return float(values.mean()), float(math.sqrt(square))
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """Of a statistic of two sets: first less second, a 95 % interval, and the p-value of there being no difference."""
+
+  value: float
+  low: float
+  high: float
+  p: float
+
+
+def paired_difference(
+  statistic: Callable[[Int[np.ndarray, "n"]], float],
+  n: int,
+  num_resamples: int,
+  seed: int,
+  update: Callable[[int], None] = lambda done: None,
+) -> Difference:
+  """How far a statistic of n values is from that of n others, of which each is the partner of one of the first.
+
+  statistic(rows): of those values; row i + n is the partner of row i < n. The interval is the percentile one of num_resamples bootstraps of
+  the pairs (Efron 1979). p, two-sided, compares with as many sets in which the partners of some pairs, drawn by coins, have changed places
+  (Pitman 1937): where a pair is as likely as the same pair turned round, p <= a with probability a at most, whatever the statistic and n. It is
+  never below 2 / (num_resamples + 1). update(done) is told of 2 num_resamples. InputError for fewer than 2 pairs or 20 resamples.
+  """
+  from scipy import stats
+
+  if n < 2 or num_resamples < 20:
+    raise InputError(f"at least 2 pairs and 20 resamples are needed, found {n} and {num_resamples}")
+  done = 0
+
+  def difference(first, second):
+    nonlocal done
+    done += 1
+    update(min(done, 2 * num_resamples))  # each of the two also sees the pairs as they are
+    return statistic(first) - statistic(second)
+
+  pairs = np.arange(n), np.arange(n, 2 * n)
+  how = {"n_resamples": num_resamples, "vectorized": False, "rng": np.random.default_rng(seed)}
+  turned = stats.permutation_test(pairs, difference, permutation_type="samples", batch=1, **how)
+  drawn = stats.bootstrap(pairs, difference, paired=True, method="percentile", batch=1, **how)
+  return Difference(
+    float(turned.statistic), *map(float, drawn.confidence_interval), p=float(turned.pvalue)
+  )

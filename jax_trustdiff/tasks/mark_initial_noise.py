@@ -39,7 +39,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 
   p, of all images together, and detected_share, the part of single ones at detect.false_positive_rate; of a mark of bits also bit_accuracy,
   matches and log10_p, of rings median_p of single images. 'none/...' is of the marked images as they are, 'unmarked/...' of the others. With config.reference also fid, or pixel_fid, of
-  both, and fid_difference (marked less unmarked) with the ends of its 95 % bootstrap interval.
+  both, and fid_difference (marked less unmarked) with the ends of its 95 % bootstrap interval and its fid_difference_p
+  (`statistics.paired_difference`), which is exact for bits with nonces: their signs are as random as those they take the place of.
 
   The marked samples are kept in workdir/images. With config.images, such a store, perhaps of images that were changed since, nothing is sampled: its
   mark is read with config.secret_file, the model and the seed it was made with.
@@ -277,40 +278,31 @@ def _reference(config, image_shape: tuple[int, ...]) -> records.ImageSource | No
     )
   if len(source) < 2:
     raise InputError(f"FID needs at least 2 reference images, found {len(source)}")
-  if config.metrics.fid_only or config.detect.num_bootstraps < 20:
+  if config.metrics.fid_only or config.detect.num_resamples < 20:
     raise InputError(
-      "the interval of the difference of two FIDs needs metrics.fid_only=False and detect.num_bootstraps of at least 20"
+      "the interval of the difference of two FIDs needs metrics.fid_only=False and detect.num_resamples of at least 20"
     )
   return source
 
 
 def _distances(config, images, reference: records.ImageSource, extract) -> dict[str, float]:
-  """FID of the marked and the unmarked samples, and the bootstrap interval of their difference.
-
-  Pairs of images from the same noise are drawn again together, num_bootstraps times, with the reference as it is (Efron 1979).
-  """
+  """FID of the marked and the unmarked samples, and what their difference is worth by pairs from the same noise, the reference as it is."""
   real = extract(reference, "reference image")
-  features = {}
-  for name, of in images.items():
-    source = records.unlabelled(of, name)
-    features[name] = extract(source, f"feature of {name}").features
-
-  distance = fid.FrechetDistanceTo(real.mu, real.sigma)
+  features = [
+    extract(records.unlabelled(images[name], name), f"feature of {name}").features for name in (NONE, UNMARKED)
+  ]
+  n, num_resamples = len(images[NONE]), config.detect.num_resamples
+  distance = fid.FrechetDistanceTo(real.mu, real.sigma).of_rows(np.concatenate(features))
+  with ProgressReport("resample", 2 * num_resamples) as progress:
+    difference = statistics.paired_difference(distance, n, num_resamples, config.seed, progress.update)
   pre = generation_metrics.prefix(real.network)
-  marked, clean = distance(features[NONE]), distance(features[UNMARKED])
-  rng, differences = np.random.default_rng(config.seed), []
-  with ProgressReport("bootstrap", config.detect.num_bootstraps) as progress:
-    for i in range(config.detect.num_bootstraps):
-      rows = rng.integers(len(features[NONE]), size=len(features[NONE]))
-      differences.append(distance(features[NONE][rows]) - distance(features[UNMARKED][rows]))
-      progress.update(i + 1)
-  low, high = np.quantile(differences, (0.025, 0.975))
   return {
-    f"{NONE}/{pre}fid": marked,
-    f"{UNMARKED}/{pre}fid": clean,
-    f"{pre}fid_difference": marked - clean,
-    f"{pre}fid_difference_low": float(low),
-    f"{pre}fid_difference_high": float(high),
+    f"{NONE}/{pre}fid": distance(np.arange(n)),
+    f"{UNMARKED}/{pre}fid": distance(np.arange(n, 2 * n)),
+    f"{pre}fid_difference": difference.value,
+    f"{pre}fid_difference_low": difference.low,
+    f"{pre}fid_difference_high": difference.high,
+    f"{pre}fid_difference_p": difference.p,
   }
 
 
