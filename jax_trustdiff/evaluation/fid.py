@@ -128,12 +128,10 @@ class FrechetDistanceTo:
     def distance(rows):
       if len(rows) < 2:
         raise InputError(f"at least 2 features are needed, found {len(rows)}")
-      chosen, mean = features[rows], features[rows].mean(0)
-      of_chosen = turned[rows] - turned[rows].mean(0)
-      gram = of_chosen @ of_chosen.T if len(rows) < self.mu.size else of_chosen.T @ of_chosen
-      values = np.linalg.eigvalsh(gram / (len(rows) - 1))
-      traces = np.trace(self.sigma) + ((chosen - mean) ** 2).sum() / (len(rows) - 1)
-      return _frechet(self.mu - mean, traces, values)
+      mean = features[rows].mean(0)
+      x, y = ((of[rows] - of[rows].mean(0)) / np.sqrt(len(rows) - 1) for of in (features, turned))
+      gram = y @ y.T if len(rows) < self.mu.size else y.T @ y
+      return _frechet(self.mu - mean, np.trace(self.sigma) + (x**2).sum(), np.linalg.eigvalsh(gram))
 
     return distance
 
