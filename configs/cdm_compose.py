@@ -34,6 +34,8 @@ def get_config(variant: str = "") -> ConfigDict:
   config.cdm = dict(path="")  # a bundle: the workdir of cdm_train.py
   config.mixture = dict(
     shards="",  # names by commas; '': all
+    access="",  # a JSON file {user: [shards]}
+    user="",  # one of them: only shards that this user may have parts of
     weights="along_path",
     proportions=(),  # of 'fixed', one for each shard
     nearest=dict(  # of 'nearest'
@@ -46,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
       every=1,
     ),
     top_k=0,  # the k largest weights of every image alone; 0: all
-    impl="map",  # 'map' for convolutional networks, 'vmap' for attention and adapters
+    impl="map",  # 'map' for convolutional networks, 'vmap' for attention and adapters, 'shard_map' for several devices
   )
   config.guidance = dict(scale=1.0, sigma_min=0.0, sigma_max=1e9, order="mixture_first")
   config.sampler = dict(

@@ -3,7 +3,9 @@
     python -m jax_trustdiff.main --config=configs/cdm_forget.py --config.cdm.path=<bundle> --config.forget.shards=cats
     python -m jax_trustdiff.main --config=configs/cdm_forget.py --config.cdm.path=<bundle> --config.forget.positions=3,17
 
-The bundle is changed in place, once everything is done; what is deleted is gone from it. cdm.copy=True changes a copy instead.
+    python -m jax_trustdiff.main --config=configs/cdm_forget.py --config.cdm.path=<bundle> --config.forget.positions=3 --config.forget.plan
+
+The last only says what it would take. The bundle is changed in place, once everything is done; what is deleted is gone from it. cdm.copy=True changes a copy instead.
 """
 
 from ml_collections import ConfigDict
@@ -27,5 +29,6 @@ def get_config(variant: str = "") -> ConfigDict:
     positions="",  # of images in the training split of the data set, by commas
     origin=0,  # which data set of the bundle these are of
     file="",  # a text file of images' SHA-256, a line each
+    plan=False,  # only say what it would take
   )
   return config_lib.finish(config, overrides)

@@ -5,8 +5,8 @@
     python -m jax_trustdiff.main --config=configs/cdm_train.py --config.data.path=<CIFAR-10 npz folder> --workdir=bundle
 
 The workdir is a bundle: cdm_compose.py samples the mixture, cdm_forget.py takes images or whole sources out of it, cdm_add.py puts new
-ones in, cdm_verify.py checks its manifest. Shards share no data, no random numbers and no program: several machines can train them into
-folders of their own with cdm.only, and any of them can be trained again to the same bits.
+ones in, cdm_verify.py checks its manifest, cdm_prove.py proves what is in it. Shards share no data, no random numbers and no program: several
+machines can train them into folders of their own with cdm.only (cdm_merge.py makes them one), and any of them can be trained again to the same bits.
 
 shards.by: 'class' (or groups of classes, shards.groups='0,1;2,3'), 'owner' (shards.file: a text file with a line for each image), 'score' (an .npy of
 numbers and shards.thresholds), 'hash' (shards.num_shards by content). shards.num_slices: data are seen slice by slice, and forgetting an
@@ -55,7 +55,10 @@ def get_config(variant: str = "") -> ConfigDict:
     num_slices=1,
     slice_file="",  # an .npy of each image's slice; '': drawn by content
   )
-  config.cdm = dict(only="")
+  config.cdm = dict(
+    only="",  # shards by commas, the others are left to other runs; '': all
+    salt_file="",  # for bundles that are to be merged (cdm_merge.py): a line of 64 hexadecimal digits; '': drawn
+  )
   config.train = dict(
     batch_size=edm.train.batch_size,
     num_epochs=400,  # on all data of a shard; with slices as many image visits in all

@@ -40,6 +40,7 @@ SECTIONS = {
   "data": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
   "mark": ("jax_trustdiff.watermark.initial_noise:MARKS", ("secret", "image_shape")),
   "null": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
+  "images": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
   "reference": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
   "generated": ("jax_trustdiff.data.sources:SOURCES", ("split", "class_names")),
   "metrics.features": ("jax_trustdiff.tasks.generation_metrics:FEATURES", ()),

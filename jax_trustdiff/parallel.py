@@ -146,9 +146,11 @@ def make_mesh(data: int = -1, model: int = 1, shard: int = 1) -> Mesh:
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def make_local_mesh() -> Mesh:
-  """Mesh of this process's devices, all on the data axis: for work that processes share out without talking."""
-  sizes = (jax.local_device_count(), 1, 1)
+def make_local_mesh(shard: int = 1) -> Mesh:
+  """Mesh of this process's devices, `shard` of them on that axis and the rest on 'data': for work that processes share out without talking."""
+  if jax.local_device_count() % shard:
+    raise InputError(f"{jax.local_device_count()} devices are no multiple of {shard} on the axis 'shard'")
+  sizes = (jax.local_device_count() // shard, 1, shard)
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.local_devices())
 
 
@@ -214,19 +216,25 @@ def to_global(mesh: Mesh, local: PyTree, sharding: NamedSharding | None = None) 
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
 
 
-def replicate_to_devices(mesh: Mesh, tree: PyTree) -> PyTree:
-  """The host arrays of `tree`, equal in every process, copied to every device of the mesh."""
-  sharding = replicated(mesh)
+def replicate_to_devices(mesh: Mesh, tree: PyTree, split: str = "") -> PyTree:
+  """The host arrays of `tree`, equal in every process, copied to every device of the mesh.
 
-  def copy(x):
+  split: of leaves whose path has a match of this regular expression, the first dimension is shared out over the axis 'shard'.
+  """
+
+  def place(path, x):
+    of_shards = split and re.search(split, leaf_name(path))
+    return copy(x, NamedSharding(mesh, PartitionSpec("shard")) if of_shards else replicated(mesh))
+
+  def copy(x, sharding):
     if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-      return jax.random.wrap_key_data(copy(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+      return jax.random.wrap_key_data(copy(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
     if jax.process_count() == 1:
       return jax.device_put(x, sharding)
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-  return jax.tree.map(copy, tree)
+  return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def place(tree: PyTree, like: PyTree) -> PyTree:

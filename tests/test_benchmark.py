@@ -283,6 +283,14 @@ def test_diffusion_is_timed_beside_its_peers(tmp_path, variant, labels, checked)
   assert ("sampler/max_difference_from_torch" in found) == (with_torch and "sampler" in labels)
 
 
+def test_a_mixture_is_timed_beside_calls_of_its_network(tmp_path):
+  found = measured(tmp_path, "mixture,smoke")
+  for impl in ("vmap", "map", "random"):
+    low, middle, high = (found[f"{impl}/{name}"] for name in ("ratio_low", "ratio", "ratio_high"))
+    assert 0 < low <= middle <= high
+  assert max(found[f"{impl}/max_difference"] for impl in ("vmap", "map")) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_can_break_the_fresh_network(dtype):
   network = MODELS["wide_resnet"](depth=10, width=2, mean=(0.47,), std=(0.25,), dtype=dtype)

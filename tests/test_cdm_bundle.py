@@ -1,5 +1,6 @@
 """Bundles of shards: exact training again, forgetting that is training without, and a check that finds every changed byte."""
 
+import importlib
 import json
 import pathlib
 import shutil
@@ -7,9 +8,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from workers import answer, start
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff.cdm import manifest as manifest_lib
+from jax_trustdiff.cdm import slices
 from jax_trustdiff.data import sources
 from jax_trustdiff.tasks import (
   bundles,
@@ -19,10 +22,14 @@ from jax_trustdiff.tasks import (
   cdm_classifier,
   cdm_compose,
   cdm_forget,
+  cdm_merge,
   cdm_protect,
+  cdm_prove,
   cdm_train,
   cdm_verify,
+  compartments,
   generate,
+  sampling,
   seeds,
   shard_training,
 )
@@ -47,7 +54,7 @@ SMALL = {
 
 
 def complete(task, path, config):
-  return seeds.complete(task, config, Workdir(path, config))
+  return seeds.complete(task, config, Workdir(path, config, of_parts=getattr(task, "OF_PARTS", False)))
 
 
 def train_config(data, **overrides):
@@ -136,6 +143,168 @@ def test_a_bundle_that_was_cut_off_ends_bit_for_bit_the_same(trained, data, tmp_
   assert parameters(one) == parameters(other)
   for name in one.names:
     assert one.manifest["shards"][name]["stages"] == other.manifest["shards"][name]["stages"]
+
+
+def test_shards_of_one_bundle_are_trained_by_several_runs(trained, data, tmp_path):
+  """Each names its own by cdm.only; what they train must be the same."""
+  for name in ("2+3", "0+1"):
+    complete(cdm_train, tmp_path / "bundle", train_config(data, **{"cdm.only": name}))
+  bundle = Bundle(tmp_path / "bundle")
+  assert parameters(bundle) == parameters(Bundle(trained[0])) and verify(bundle, tmp_path)["faults"] == 0
+  for other in ({"schedule.learning_rate": 0.5}, {"shards.num_slices": 1}):
+    with pytest.raises(InputError, match="holds a bundle of another training"):
+      complete(cdm_train, tmp_path / "bundle", train_config(data, **other))
+  assert verify(bundle, tmp_path)["faults"] == 0
+
+
+SALT = "a1" * 32
+
+
+def merge(bundle, tmp_path, name, *others):
+  overrides = {"cdm.path": str(bundle.path), "merge.others": ",".join(str(one.path) for one in others)}
+  return complete(cdm_merge, tmp_path / name, config_lib.load("configs/cdm_merge.py", overrides))
+
+
+def test_bundles_of_several_machines_become_one(trained, data, tmp_path):
+  salt = tmp_path / "salt.txt"
+  salt.write_text(SALT + "\n")
+  both = []
+  for name in ("0+1", "2+3"):
+    folder = tmp_path / f"of {name}"
+    complete(cdm_train, folder, train_config(data, **{"cdm.only": name, "cdm.salt_file": str(salt)}))
+    both.append(Bundle(folder))
+  metrics = merge(both[0], tmp_path, "merge", both[1])
+  assert metrics["merged_shards"] == 1 and metrics["num_shards"] == 2
+  whole = Bundle(both[0].path)
+  assert parameters(whole) == parameters(Bundle(trained[0]))
+  assert verify(whole, tmp_path, replay="2+3")["faults"] == 0
+  assert merge(whole, tmp_path, "again", both[1])["merged_shards"] == 0
+  with pytest.raises(InputError, match="has a salt of its own"):
+    merge(whole, tmp_path, "salt", Bundle(trained[0]))
+  lost = both[1].path / both[1].manifest["shards"]["2+3"]["folder"] / "stages/0.safetensors"
+  forget(whole, tmp_path, shards="2+3")
+  with pytest.raises(InputError, match="dropped shard '2.3'"):
+    merge(Bundle(whole.path), tmp_path, "dropped", both[1])
+  third = tmp_path / "third"
+  complete(cdm_train, third, train_config(data, **{"cdm.only": "0+1", "cdm.salt_file": str(salt)}))
+  lost.write_bytes(lost.read_bytes() + b"x")
+  with pytest.raises(InputError, match="was changed: verify"):
+    merge(Bundle(third), tmp_path, "damaged", both[1])
+  assert Bundle(third).names == ["0+1"] and not Bundle(third).strays()
+  salt.write_text("zz\n")
+  with pytest.raises(InputError, match="a line of 64 hexadecimal digits"):
+    complete(cdm_train, tmp_path / "bad", train_config(data, **{"cdm.salt_file": str(salt)}))
+
+
+def test_proofs_that_images_are_in_shards(bundle, tmp_path):
+  """By manifest, salted hash and path alone; a forgotten image has none, nor has a stranger."""
+  split = bundle.data(0)
+  gone = int(np.flatnonzero((split.shard == 0) & (split.slice == 2))[0])
+  forget(bundle, tmp_path, positions=str(gone))
+  (tmp_path / "stranger.txt").write_text("ab" * 32)
+  rows = [gone, *(int(split.of(name)[3]) for name in ("0+1", "2+3"))]
+  section = {"prove.positions": ",".join(map(str, rows)), "prove.file": str(tmp_path / "stranger.txt")}
+  config = config_lib.load("configs/cdm_prove.py", {"cdm.path": str(bundle.path)} | section)
+  metrics = complete(cdm_prove, tmp_path / "prove", config)
+  assert metrics == {"images": 4, "in_shards": 2, "forgotten": 1, "in_none": 2}
+  manifest = json.loads((bundle.path / "manifest.json").read_text())
+  found = {one["image"]: one for one in json.loads((tmp_path / "prove/proofs.json").read_text())}
+  for row, name in zip(rows[1:], ("0+1", "2+3"), strict=True):
+    image = manifest_lib.salted(split.contents[row], bundle.salt)
+    one, root = found[image], manifest["shards"][name]["root"]
+    assert one["shard"] == name and manifest_lib.is_in(root, image, one["proof"])
+    assert not manifest_lib.is_in(root, bundle.salted(split.contents[gone]), one["proof"])
+  assert found[bundle.salted(split.contents[gone])]["shard"] is None
+  assert complete(cdm_prove, tmp_path / "prove", config) == metrics
+  with pytest.raises(InputError, match="nothing to prove"):
+    empty = config_lib.load("configs/cdm_prove.py", {"cdm.path": str(bundle.path)})
+    complete(cdm_prove, tmp_path / "nothing", empty)
+
+
+def test_a_user_has_parts_of_the_shards_of_its_rights(trained, tmp_path):
+  rights = tmp_path / "rights.json"
+  rights.write_text(json.dumps({"ann": ["2+3"], "bob": ["0+1", "2+3"], "cid": [], "dan": ["4"]}))
+
+  def config(**section):
+    section = {"access": str(rights)} | section
+    return compose_config(trained[0], **{f"mixture.{name}": value for name, value in section.items()})
+
+  bundle = Bundle(trained[0])
+  names = {
+    user: cdm_compose.load_mixture(bundle, config(user=user)).provenance["shards"] for user in ("ann", "bob")
+  }
+  assert names == {"ann": ["2+3"], "bob": ["0+1", "2+3"]}
+  complete(cdm_compose, tmp_path / "ann", config(user="ann"))
+  complete(cdm_compose, tmp_path / "alone", compose_config(trained[0], **{"mixture.shards": "2+3"}))
+  one, other = (images_of(tmp_path / run).take(range(32))["image"] for run in ("ann", "alone"))
+  np.testing.assert_array_equal(one, other)
+  for section, message in (
+    ({"user": "eve"}, "'eve' has no rights in .*; there are those of ann, bob, cid, dan"),
+    ({"user": "cid"}, "parts of no shard"),
+    ({"user": "dan"}, "there is no shard '4'"),
+    ({"user": "ann", "shards": "0+1"}, "'ann' may not have parts of shard '0.1'; of 2.3"),
+    ({"user": "ann", "access": ""}, "is needed for a user"),
+    ({}, "'' has no rights"),
+  ):
+    with pytest.raises(InputError, match=message):
+      complete(cdm_compose, tmp_path / "refused", config(**section))
+  assert not (tmp_path / "refused").exists()
+
+
+def test_what_came_to_the_data_set_later_is_in_no_artefact(bundle, data, tmp_path):
+  """Classifier, centroids and pictures are of the images that shards were trained on; so is a shard that is trained again."""
+  arrays = np.load(data)
+  more = tmp_path / "train.npz"
+  np.savez(
+    more,
+    image=np.concatenate([255 - arrays["image"][:40], arrays["image"]]),
+    label=np.concatenate([arrays["label"][:40], arrays["label"]]),
+  )
+  before = {name: np.sort(bundle.source(name).take(np.arange(5))["image"].ravel()) for name in bundle.names}
+  bundle.manifest["origins"][0]["data"]["path"] = str(more)
+  bundle.save()
+  grown = Bundle(bundle.path)
+  for name in grown.names:
+    source = grown.source(name)
+    assert len(source) == bundle.manifest["shards"][name]["num_images"] < len(grown.data(0).of(name))
+    np.testing.assert_array_equal(np.sort(source.take(np.arange(5))["image"].ravel()), before[name])
+  forget(grown, tmp_path, positions=str(int(grown.data(0).of("0+1")[-1])))
+  number = bundle.manifest["shards"]["0+1"]["num_images"]
+  assert Bundle(bundle.path).manifest["shards"]["0+1"]["num_images"] == number - 1
+  assert verify(Bundle(bundle.path), tmp_path, data=False, replay="0+1")["faults"] == 0
+  with pytest.raises(RunError, match="of the data set are not the"):
+    verify(Bundle(bundle.path), tmp_path, "data")
+
+
+def test_a_plan_of_a_deletion_is_what_it_takes(classified, tmp_path, image_of_last_slice):
+  shutil.copytree(classified[0], tmp_path / "copy")
+  bundle = Bundle(tmp_path / "copy")
+  before = (bundle.path / "manifest.json").read_text()
+  planned = forget(bundle, tmp_path, "plan", positions=str(image_of_last_slice), plan=True)
+  assert (bundle.path / "manifest.json").read_text() == before and len(list(bundle.path.iterdir())) > 4
+  about = json.loads((tmp_path / "plan/plan.json").read_text())
+  assert list(about["retrained"]) == ["0+1"] and about["retrained"]["0+1"]["from_stage"] == 2
+  assert about["stale"] == ["classifier"] and about["dropped"] == []
+  done = forget(bundle, tmp_path, positions=str(image_of_last_slice))
+  assert planned == {name: done[name] for name in planned}
+  assert forget(Bundle(bundle.path), tmp_path, "shard", shards="2+3", plan=True)["dropped_shards"] == 1
+
+
+@pytest.mark.parametrize("task", ["compose", "attribute", "protect", "forget", "verify", "add", "centroids", "classifier", "prove", "merge"])
+def test_no_run_has_its_folder_in_a_bundle(trained, task):
+  config = config_lib.load(f"configs/cdm_{task}.py:smoke", {"cdm.path": str(trained[0])})
+  before = sorted(trained[0].rglob("*"))
+  with pytest.raises(InputError, match="lies in the bundle"):
+    complete(importlib.import_module(f"jax_trustdiff.tasks.cdm_{task}"), trained[0] / "shards/run", config)
+  assert sorted(trained[0].rglob("*")) == before
+
+
+def test_a_bundle_that_changes_while_it_is_read(bundle, tmp_path):
+  config = compose_config(bundle.path)
+  with pytest.raises(InputError, match="was changed while it was read"):
+    with bundles.reading(config, Workdir(tmp_path / "run", config)) as found:
+      forget(bundle, tmp_path, shards="2+3")
+      found.stack()
 
 
 def without(data, rows, path):
@@ -249,16 +418,16 @@ def test_a_dropped_shard_is_gone_and_stays_away(bundle, data, tmp_path):
 
 
 def files_of(bundle):
-  skipped = (".lock", ".seconds", "config.json", "result.json")
-  found = [p for p in sorted(bundle.path.rglob("*")) if p.is_file() and "report" not in p.parts[-2:]]
-  return [p for p in found if p.name not in skipped or p.parent != bundle.path and p.name == "config.json"]
+  found = (p for p in sorted(bundle.path.rglob("*")) if p.is_file())
+  return [p for p in found if p.name not in (".lock", ".seconds")]
 
 
 def test_verification_finds_a_flipped_byte_anywhere(bundle, tmp_path):
   """In every file, at its start, in its middle and at its end."""
   assert verify(bundle, tmp_path, "whole")["faults"] == 0
   files = files_of(bundle)
-  assert len(files) > 15
+  names = {str(file.relative_to(bundle.path)) for file in files}
+  assert len(files) > 15 and names > {"config.json", "result.json", "report/shards.png", "manifest.json", "salt.txt"}
   for number, file in enumerate(files):
     whole = file.read_bytes()
     for place in {0, len(whole) // 2, len(whole) - 1}:
@@ -569,6 +738,15 @@ def test_images_of_a_mixture(classified, tmp_path, overrides, evaluations):
   )
 
 
+@pytest.mark.slow
+def test_shards_are_shared_out_over_devices(trained, tmp_path):
+  """Two shards on eight devices: two on the axis of shards, each with one, and the images of one device."""
+  found = answer(start("cdm_compose_worker.py", 8, trained[0], tmp_path))
+  assert found["devices"] == 8
+  assert found["split"] == {"map": [1, 2, 2], "shard_map": [2, 2, 1]}
+  assert found["difference"] <= 1 and found["kinds"] > 32
+
+
 def test_a_mixture_of_one_shard_is_the_shard(classified, tmp_path):
   """Its images are those that generate makes of the shard's export, and its classes those it has images of."""
   path, _ = classified
@@ -612,11 +790,90 @@ def test_attribution_of_training_images(classified, tmp_path):
     assert metrics["posterior/0+1"] + metrics["posterior/2+3"] == pytest.approx(1, abs=1e-5)
     stored = np.load(tmp_path / method / "credit.npz")
     assert stored["names"].tolist() == ["0+1", "2+3"] and stored["posterior"].shape == (64, 2)
+    mean, column = metrics["posterior/2+3"], stored["posterior"][:, 1]
+    assert mean == pytest.approx(column.mean(), abs=1e-5)
+    assert metrics["posterior/2+3/error"] == pytest.approx(column.std(ddof=1) / 8, abs=1e-5)
     # shards are told their classes, and have none of the other's: the label alone says whose an image is
     np.testing.assert_array_equal(stored["posterior"].argmax(1), data.shard[:64])
     if method == "path":
       np.testing.assert_allclose(stored["paper"].sum(1), 1, atol=1e-4)
+      of_set = stored["parts"].astype(float).sum(0) / stored["parts"].astype(float).sum()
+      assert metrics["paper/0+1"] == pytest.approx(of_set[0], abs=1e-3) and metrics["paper/0+1/error"] > 0
+    trace = np.load(tmp_path / method / "trace.npz")
+    assert trace["weights"].shape == (4, 2, 8) and (np.diff(trace["sigma"]) < 0).all()
+    # eight images of classes 0, 1, 2, 3, 0, ..: a class is in one shard, which has all the weight
+    np.testing.assert_allclose(trace["weights"][:, 1], np.tile([0, 0, 1, 1], (4, 2)), atol=1e-6)
     assert (tmp_path / method / "report/weights.png").is_file()
+
+
+def test_credit_does_not_draw_the_noise_that_images_were_made_of(trained, data, tmp_path, monkeypatch):
+  asked = []
+  monkeypatch.setattr(cdm_attribute, "image_keys", lambda *a: asked.append(a[2:]) or sampling.image_keys(*a))
+  of_images = {"cdm.path": str(trained[0]), "images.name": "npz", "images.path": str(data)}
+  complete(cdm_attribute, tmp_path / "run", config_lib.load("configs/cdm_attribute.py:smoke", of_images))
+  assert asked == [("credit",), ()]  # of the credit, and of the traced images, which are samples
+  ids = jax.numpy.arange(64)
+  one, other = (jax.random.key_data(sampling.image_keys(0, ids, *more)) for more in ((), ("credit",)))
+  assert not (one == other).all(1).any()
+
+
+def test_an_image_of_a_class_that_no_shard_has_owes_itself_to_none(trained):
+  """Shards have classes 0 and 1, and 2 and 3; the file's classes are as many."""
+  bundle = Bundle(trained[0])
+  for about in bundle.manifest["shards"].values():
+    about["class_counts"] += [0]
+  posterior = np.array([[0.9, 0.1]] * 3)
+  found = cdm_attribute._agreement(bundle, ["0+1", "2+3"], posterior, np.array([0, 4, 2]))
+  assert found["agreement"] == pytest.approx(1 / 3)
+  with pytest.raises(InputError, match="the judge sees class 5"):
+    cdm_attribute._agreement(bundle, ["0+1", "2+3"], posterior, np.array([0, 5, 2]))
+
+
+@pytest.fixture
+def files(data, tmp_path):
+  """Of the images of `data`, a file of owners, one of scores and one of slices."""
+  count = len(np.load(data)["label"])
+  (tmp_path / "owners.txt").write_text("".join(f"{('ann', 'bob b', 'cid')[i % 3]}\n" for i in range(count)))
+  np.save(tmp_path / "scores.npy", np.linspace(0, 10, count))
+  np.save(tmp_path / "slices.npy", np.arange(count) % 2)
+  return tmp_path
+
+
+@pytest.mark.parametrize("by", ["owner", "score", "hash"])
+def test_shards_by_what_a_file_or_the_content_says(data, files, by):
+  more = {
+    "owner": {"file": str(files / "owners.txt"), "slice_file": str(files / "slices.npy"), "num_slices": 2},
+    "score": {"file": str(files / "scores.npy"), "thresholds": (2.5, 5.0)},
+    "hash": {"num_shards": 3},
+  }[by]
+  config = train_config(data, **{f"shards.{k}": v for k, v in ({"by": by} | more).items()})
+  found = compartments.split(config.data, config.shards, 0)
+  number = np.arange(200)
+  if by == "owner":
+    assert found.names == ("ann", "bob_b", "cid")
+    np.testing.assert_array_equal(found.shard, number % 3)
+    np.testing.assert_array_equal(found.slice, number % 2)
+  elif by == "score":
+    assert found.names == ("below_2.5", "from_2.5", "from_5")
+    scores = number * 10 / 199
+    np.testing.assert_array_equal(found.shard, (scores >= 2.5).astype(int) + (scores >= 5))
+  else:
+    assert found.names == ("part0", "part1", "part2") and min(np.bincount(found.shard)) > 40
+    half = found.source.select(number[::2])
+    again = slices.shard_of(slices.content_ids(half.images[np.arange(100)], half.labels), 3, 0)
+    np.testing.assert_array_equal(again, found.shard[::2])  # whatever else is there
+
+
+def test_a_bundle_by_owners_whose_file_was_changed(data, files, tmp_path):
+  owners = files / "owners.txt"
+  by_owner = {"shards.by": "owner", "shards.file": str(owners), "shards.num_slices": 1, "train.num_epochs": 1}
+  complete(cdm_train, tmp_path / "bundle", train_config(data, **by_owner))
+  bundle = Bundle(tmp_path / "bundle")
+  assert bundle.names == ["ann", "bob_b", "cid"]
+  assert verify(bundle, tmp_path)["faults"] == 0
+  owners.write_text(owners.read_text().replace("ann", "bob b", 1))
+  with pytest.raises(InputError, match="owners.txt, which divides the images .* was changed"):
+    forget(Bundle(bundle.path), tmp_path, positions="0")
 
 
 def data_path(path):

@@ -80,9 +80,3 @@ def test_paper_has_no_slices():
   """Eight shards: an eighth, 'eight times faster'."""
   assert slices.expected_share(8, 1) == pytest.approx(1 / 8)
   assert slices.expected_share(1, 10_000) == pytest.approx(2 / 3, abs=1e-4)
-
-
-def test_stage_of_a_removal():
-  where = np.array([3, 1, 2, 1])
-  assert slices.affected_stage(where, np.array([True, False, True, False])) == 2
-  assert slices.affected_stage(where, np.zeros(4, bool)) is None

@@ -84,6 +84,12 @@ def test_marks_on_the_initial_noise(cifar, tmp_path):
   assert found["fid_difference_p"] > 0.01  # exact: one secret in a hundred would fail, and this one is fixed
 
 
+def test_time_of_eight_shards(tmp_path):
+  """The machine is to do nothing else."""
+  found, _ = metrics_of(tmp_path / "run", "--config=configs/benchmark.py:mixture")
+  assert found["vmap/ratio"] <= 1.1 and found["network/parameters"] > 40e6
+
+
 def test_journey_of_compartments(tmp_path):
   found, minutes = metrics_of(tmp_path / "run", "--config=configs/cdm_journey.py:cpu")
 

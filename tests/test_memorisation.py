@@ -24,11 +24,20 @@ def test_copies_are_found_and_new_images_are_not():
   assert few.ratio.shape == (2,) and (few.ratio > 1).all()
 
 
-def test_rate_of_a_planted_image():
+def test_copies_of_an_image_that_was_planted_many_times():
+  """Its duplicates are no neighbours of it: they would make the distance a usual one."""
+  training = np.concatenate([images(100, 0), np.repeat(images(1, 5), 80, 0), images(100, 1)])
+  near = np.clip(images(1, 5).astype(int) + 4, 0, 255).astype(np.uint8)
+  found = memorisation.copies(near, training)
+  assert found.ratio[0] < 0.2 and found.index[0] == 100
+  others = memorisation.copies(training[[3, 190]], training)
+  np.testing.assert_array_equal(others.index, [3, 190])
+
+
+def test_distances_to_a_planted_image():
   target, others = images(1, 5)[0], images(99, 6)
-  assert memorisation.extraction_rate(np.concatenate([target[None], others]), target, 0.05) == pytest.approx(0.01)
-  assert memorisation.extraction_rate(others, target, 0.05) == 0
-  assert memorisation.distances_to(others, target).min() > 0.2
+  found = memorisation.distances_to(np.concatenate([target[None], others]), target)
+  assert found[0] == 0 and found[1:].min() > 0.2
 
 
 def test_images_of_two_shapes():

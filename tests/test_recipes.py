@@ -18,6 +18,7 @@ RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONF
 
 IN_JOURNEY = ("wm_codec", "wm_embed", "wm_edm", "wm_attack")
 IN_JOURNEY += ("cdm_classifier", "cdm_centroids", "cdm_compose", "cdm_protect", "cdm_attribute", "cdm_forget", "cdm_add", "cdm_verify")
+IN_JOURNEY += ("cdm_merge", "cdm_prove")
 MARKS = {"at_cifar": pytest.mark.floor, "cdm_journey": LONG}
 
 

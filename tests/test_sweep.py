@@ -127,6 +127,26 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, runs):
   assert metrics == run(tmp_path / "other")
 
 
+def test_a_part_whose_bundle_changed_is_run_again_and_its_verification_always(tmp_path, runs, monkeypatch):
+  """Other parts stay as they are."""
+  states = {"generate": "before", "evaluate_robustness": None}
+  plain = tasks.find("")
+
+  def find(name):
+    more = {"reads": lambda config: states[name]} if name in states else {}
+    return types.SimpleNamespace(run=plain.run, **more)
+
+  monkeypatch.setattr(tasks, "find", find)
+  run(tmp_path / "run")
+  first = list(runs.done)
+  run(tmp_path / "run", columns__gap="train:best_step")  # another column: the parts are looked at
+  again = runs.done[len(first) :]
+  assert len(again) == 8 and all(name.endswith(("-autoattack", "-last")) for name in again)
+  states["generate"] = "after"
+  run(tmp_path / "run")
+  assert runs.done[len(first) + 8] == "images"
+
+
 def test_seeds_and_columns_can_be_added(tmp_path, runs):
   """What is finished stays, and the table is made again; a row that changed is refused by its own folder."""
   run(tmp_path / "run", sweep_seeds="0")

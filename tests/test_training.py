@@ -417,6 +417,54 @@ def test_the_seconds_of_earlier_sessions_count(tmp_path, monkeypatch):
     assert json.loads((folder / "result.json").read_text())["seconds"] == 35.0
 
 
+def test_a_run_is_finished_for_what_it_read_at_its_start_and_left_at_its_end(tmp_path):
+  """What changed while it ran, it may not have seen; what it changed itself, it has."""
+  config, there, runs = config_lib.from_plain(CONFIG), {"read": "a", "left": ""}, []
+  states = {"reads": lambda: there["read"], "leaves": lambda: there["left"]}
+
+  def run(changes):
+    folder = Workdir(tmp_path / "run", config)
+
+    def task():
+      folder.open()
+      runs.append(dict(there))
+      there.update(changes)
+      return {"accuracy": 1.0}
+
+    return folder.complete(task, **states)
+
+  run({"left": "mine"})
+  run({})
+  assert len(runs) == 1
+  there["left"] = "another's"
+  run({"left": "mine"})
+  assert len(runs) == 2
+  there["read"] = "b"
+  run({"read": "c"})  # while it ran
+  run({})
+  run({})
+  assert len(runs) == 4
+  states["reads"] = lambda: None  # never finished
+  run({})
+  run({})
+  assert len(runs) == 6
+
+
+def test_a_result_shows_every_change_of_its_text(tmp_path):
+  folder = Workdir(tmp_path / "run", config_lib.from_plain(CONFIG))
+  folder.complete(lambda: folder.open() or {"accuracy": 0.5, "never": float("nan")})
+  file = folder / "result.json"
+  whole = file.read_bytes()
+  assert workdir.result_fault(file) == ""
+  for place in range(len(whole)):
+    damaged = bytearray(whole)
+    damaged[place] ^= 1
+    file.write_bytes(damaged)
+    assert workdir.result_fault(file) == "it was changed", place
+  file.write_text("[]\n")
+  assert workdir.result_fault(file) == "it was changed"
+
+
 # ---- what a run says ----
 
 

@@ -200,3 +200,14 @@ def mixture_posterior(mixture: Mixture, log_densities: Float[Array, "s b"]) -> F
 def over_data_set(credit: Float[Array, "s n"]) -> tuple[PerExample, PerExample]:
   """(mean, standard error of the mean) over images of each shard's credit."""
   return credit.mean(1), credit.std(1, ddof=1) / math.sqrt(credit.shape[1])
+
+
+def path_credit_of_set(parts: Float[Array, "s n"]) -> tuple[Float[Array, "s"], Float[Array, "s"]]:
+  """(C_i, its standard error) of a set of images: eq. 6 of their joint log-likelihood, sum_n L_i / sum_n sum_j L_j.
+
+  parts: L_i of every image. Single images may have a sum near 0, and then any C_i. The error is that of a ratio, to first order.
+  """
+  total = parts.sum(0)
+  share = parts.sum(1) / total.sum()
+  apart = parts - share[:, None] * total
+  return share, apart.std(1, ddof=1) / (math.sqrt(parts.shape[1]) * jnp.abs(total.mean()))

@@ -80,8 +80,8 @@ def merkle_proof(leaves: Iterable[str], leaf: str) -> list[tuple[str, str]]:
   return _proof([_leaf(one) for one in ordered], ordered.index(leaf))
 
 
-def is_in(root: str, leaf: str, proof: Sequence[tuple[str, str]]) -> bool:
-  """Whether a proof leads from a leaf to a root."""
+def is_in(root: str, leaf: str, proof: Sequence[Sequence[str]]) -> bool:
+  """Whether a proof of `merkle_proof`, also as JSON has it, leads from a leaf to a root."""
   found = _leaf(leaf)
   for side, sibling in proof:
     other = bytes.fromhex(sibling)

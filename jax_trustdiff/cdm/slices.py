@@ -69,11 +69,6 @@ def epoch_order(ids: ContentIds, context: bytes) -> tuple[np.ndarray, np.ndarray
   return order, words.astype(np.uint32)
 
 
-def affected_stage(slices: np.ndarray, removed: np.ndarray) -> int | None:
-  """The first stage that saw one of the images `removed` (bool [n]): all from it on are to be run again. None if none is."""
-  return int(slices[removed].min()) if removed.any() else None
-
-
 def expected_share(num_shards: int, num_slices: int) -> float:
   """Of the whole training, the share that a deletion of one image drawn at random costs: (2 R + 1) / (3 R S).
 

@@ -1,6 +1,7 @@
 """A compartmentalized model on disk: its manifest, its shards, and what was made of several of them.
 
     bundle/ manifest.json                    sealed (`cdm.manifest`)
+            report/                          of the run that made it (beside its config.json and result.json)
             salt.txt                         turns an image's hash into what the manifest has; for its owner alone
             backbone.safetensors             the network that all shards start from or adapt, if there is one
             shards/<name>-<n>-<digest>/      the n-th version of a shard
@@ -15,6 +16,7 @@ A version is there for the manifest or not at all: it is made in a folder that t
 folders that it does not name are removed. Whoever changes a bundle holds its lock (`training.workdir.locked`).
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -24,7 +26,7 @@ import pathlib
 import platform
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,8 +48,10 @@ from jax_trustdiff.tasks.train_diffusion import Model
 from jax_trustdiff.training.workdir import Workdir, locked, write_atomically
 from jax_trustdiff.types import BACKBONE, InputError, Variables
 
+FORMAT = 2  # of the manifest
 MANIFEST, SALT, BACKBONE_FILE = "manifest.json", "salt.txt", "backbone.safetensors"
 ADAPTER, IMAGES = "adapter.safetensors", "images.json"
+CONFIG, REPORT, RESULT = "config.json", "report", "result.json"  # of the run that made the bundle
 TRAINING = (
   "seed",
   "model",
@@ -70,31 +74,37 @@ class Bundle:
     self.path = pathlib.Path(path).expanduser()
     self._splits: dict[int, Compartments] = {}
     file = self.path / MANIFEST
-    if not file.is_file():
-      raise InputError(f"{self.path} holds no {MANIFEST}: give the folder of a run of configs/cdm_train.py")
+    _check_there(self.path)
     try:
       self.manifest = json.loads(file.read_text())
     except ValueError:
       raise InputError(f"{file} is not JSON: it is no manifest, or damaged") from None
     manifest_lib.check_seal(self.manifest, str(file))
+    if self.manifest["format"] != FORMAT:
+      raise InputError(f"{file} is of format {self.manifest['format']}, and this version reads {FORMAT}: train it again")
 
   @classmethod
   def create(
-    cls, path: pathlib.Path, training: Mapping[str, Any], origin: Mapping[str, Any], backbone: Any
+    cls, path: pathlib.Path, training: Mapping[str, Any], origin: Mapping[str, Any], backbone: Any, salt: str = ""
   ) -> "Bundle":
-    """A bundle without shards, or the one that is there already; backbone: (variables, where they are from) or None."""
+    """A bundle without shards, or the one that is there already.
+
+    backbone: (variables, where they are from) or None. salt: 64 hexadecimal digits, drawn where there are none.
+    """
     if not (path / MANIFEST).is_file():
-      if not (path / SALT).is_file():
-        write_atomically(path / SALT, secrets.token_hex(32) + "\n", private=True)
+      if salt or not (path / SALT).is_file():
+        write_atomically(path / SALT, (salt or secrets.token_hex(32)) + "\n", private=True)
       if backbone:
         safetensors_io.save(path / BACKBONE_FILE, jax.tree.map(np.asarray, backbone[0]))
       found = {
-        "format": 1,
+        "format": FORMAT,
         "training": dict(training),
         "salt_sha256": file_digest(path / SALT),
         "backbone": backbone and {"from": backbone[1], "sha256": file_digest(path / BACKBONE_FILE)},
         "origins": [dict(origin)],
         "shards": {},
+        "config": file_digest(path / CONFIG),
+        "report": {},
         "dropped": [],
         "forgotten": [],
         "artefacts": {},
@@ -128,6 +138,12 @@ class Bundle:
       if f"{kind}/{one.name}" not in named
     ]
 
+  def remove_report(self) -> None:
+    """Removes pictures and numbers of the run that made the bundle, which show it as it was; its command writes them anew."""
+    shutil.rmtree(self.path / REPORT, ignore_errors=True)
+    (self.path / RESULT).unlink(missing_ok=True)
+    self.manifest["report"] = {}
+
   def active_artefacts(self) -> dict[str, dict[str, Any]]:
     """{name: what the manifest says} of the artefacts that may be used."""
     artefacts = self.manifest["artefacts"].items()
@@ -158,10 +174,13 @@ class Bundle:
         raise InputError(f"there is no shard {name!r}; there are {', '.join(self.names)}")
 
   def data(self, origin: int) -> Compartments:
-    """The images of a data set with their shards; read once."""
+    """The images of a data set with their shards; read once. InputError if a file that divides them was changed."""
     if origin not in self._splits:
       about = self.manifest["origins"][origin]
-      sections = (_section(about[name]) for name in ("data", "shards"))
+      sections = [_section(about[name]) for name in ("data", "shards")]
+      for file, digest in about["files"].items():
+        if not pathlib.Path(file).expanduser().is_file() or file_digest(pathlib.Path(file).expanduser()) != digest:
+          raise InputError(f"{file}, which divides the images of {self.path}, is missing or was changed")
       self._splits[origin] = compartments.split(*sections, self.training.seed)
     return self._splits[origin]
 
@@ -169,9 +188,45 @@ class Bundle:
     """What the manifest has for an image."""
     return manifest_lib.salted(content, self.salt)
 
+  def named(self, section: Any) -> list[str]:
+    """What stands in the manifest for the images that a section of a task names; InputError for what cannot be read.
+
+    section.positions: their places in the training split of data set section.origin, by commas. section.file: a text file of contents'
+    SHA-256 (`slices.content_ids`) in hexadecimal, a line each.
+    """
+    contents: set[bytes] = set()
+    if section.positions:
+      if not 0 <= section.origin < len(self.manifest["origins"]):
+        raise InputError(
+          f"origin={section.origin}: there are data sets 0 .. {len(self.manifest['origins']) - 1}"
+        )
+      data = self.data(section.origin)
+      try:
+        rows = [int(text) for text in section.positions.strip("()").split(",")]
+      except ValueError:
+        raise InputError(
+          f"positions has numbers separated by commas, found {section.positions!r}"
+        ) from None
+      if wrong := [row for row in rows if not 0 <= row < len(data.contents)]:
+        raise InputError(f"positions: there are {len(data.contents)} images, none at {wrong[0]}")
+      contents |= {data.contents[row] for row in rows}
+    if section.file:
+      file = pathlib.Path(section.file).expanduser()
+      if not file.is_file():
+        raise InputError(f"file: no such file {file}")
+      try:
+        contents |= {bytes.fromhex(line.strip()) for line in file.read_text().splitlines() if line.strip()}
+      except ValueError:
+        raise InputError(f"{file} has a line that is no SHA-256 in hexadecimal digits") from None
+    return sorted(self.salted(one) for one in contents)
+
   def images(self, name: str) -> list[list[str]]:
-    """The images of a shard, slice by slice, salted, as its version on disk says."""
-    return json.loads((self.path / self.manifest["shards"][name]["folder"] / IMAGES).read_text())
+    """The images that a shard was trained on, slice by slice, salted; InputError if its list is not as the manifest has it."""
+    about = self.manifest["shards"][name]
+    file = self.path / about["folder"] / IMAGES
+    if not file.is_file() or file_digest(file) != about["files"][IMAGES]:
+      raise InputError(f"{file} is missing or was changed: verify the bundle")
+    return json.loads(file.read_text())
 
   def rows(self, origin: int, name: str) -> np.ndarray:
     """Positions in a data set of the images that a shard is to have: those of its compartment that are not forgotten."""
@@ -181,10 +236,25 @@ class Bundle:
     kept = [self.salted(data.contents[i]) not in gone for i in found] if gone else np.ones(len(found), bool)
     return found[np.array(kept, bool)]
 
+  def trained_rows(self, name: str, without: Collection[str] = ()) -> np.ndarray:
+    """Positions in its data set of the images that a shard was trained on, less those of `without`, salted.
+
+    What came to the data set since is not among them. InputError where one of them is no longer in the data set.
+    """
+    about = self.manifest["shards"][name]
+    kept = {image for of_slice in self.images(name) for image in of_slice} - set(without)
+    data = self.data(about["origin"])
+    salted = {row: self.salted(data.contents[row]) for row in data.of(name)}
+    if missing := len(kept - set(salted.values())):
+      raise InputError(
+        f"{missing} images that shard {name} was trained on are no longer in its data set: forget them as well "
+        "(forget.file), or bring them back"
+      )
+    return np.array([row for row, image in salted.items() if image in kept], np.int64)
+
   def source(self, name: str) -> ImageSource:
-    """The images that a shard is to have (`rows`)."""
-    origin = self.manifest["shards"][name]["origin"]
-    return self.data(origin).source.select(self.rows(origin, name))
+    """The images that a shard was trained on (`trained_rows`)."""
+    return self.data(self.manifest["shards"][name]["origin"]).source.select(self.trained_rows(name))
 
   def stack(
     self, names: Sequence[str] = (), capacity: int | None = None
@@ -237,8 +307,14 @@ class Bundle:
 
 
 def seal_of(config: Any) -> str:
-  """The seal of the bundle config.cdm.path: the `reads` of tasks that compute something of a bundle (`seeds.complete`)."""
+  """The seal of the bundle config.cdm.path: what tasks that put something in a bundle leave (`Workdir.complete`)."""
   return Bundle(config.cdm.path).manifest[manifest_lib.SEAL]
+
+
+def made_of_all(config: Any) -> str:
+  """SHA-256 of the lists of images of all shards of config.cdm.path, and of what was forgotten."""
+  manifest = Bundle(config.cdm.path).manifest
+  return manifest_lib.digest([{n: one["root"] for n, one in manifest["shards"].items()}, manifest["forgotten"]])
 
 
 def names_of(text: str) -> list[str]:
@@ -246,12 +322,41 @@ def names_of(text: str) -> list[str]:
   return [name.strip() for name in text.strip("()").split(",") if name.strip()]
 
 
+def folder_of(config: Any, workdir: Workdir) -> pathlib.Path:
+  """The folder of the bundle config.cdm.path; InputError if there is none, or if the run's folder lies in it."""
+  path = pathlib.Path(config.cdm.path).expanduser()
+  _check_there(path)
+  if path.resolve() in (workdir.path, *workdir.path.parents):
+    raise InputError(f"workdir {workdir.path} lies in the bundle: take another --workdir")
+  return path
+
+
+@contextlib.contextmanager
+def reading(config: Any, workdir: Workdir) -> Iterator[Bundle]:
+  """The bundle config.cdm.path for those who only read it, beside others; InputError if it is changed before they are done.
+
+  Versions of shards and artefacts are never written twice, and those that the manifest names are there.
+  """
+  bundle = Bundle(folder_of(config, workdir))
+
+  def check():
+    if Bundle(bundle.path).manifest[manifest_lib.SEAL] != bundle.manifest[manifest_lib.SEAL]:
+      raise InputError(f"{bundle.path} was changed while it was read: give the command again")
+
+  try:
+    yield bundle
+  except Exception:  # a file of a version that is gone, perhaps
+    check()
+    raise
+  check()
+
+
 def to_change(config: Any, workdir: Workdir) -> pathlib.Path:
   """The bundle config.cdm.path, or with config.cdm.copy a copy of it in workdir/bundle: what a task may change.
 
-  Opens the workdir if it copies. InputError if there is no bundle.
+  Opens the workdir if it copies. InputError as `folder_of`, and for a manifest that is not as it was sealed.
   """
-  path = Bundle(config.cdm.path).path
+  path = Bundle(folder_of(config, workdir)).path
   if not config.cdm.copy:
     return path
   copied = workdir / "bundle"
@@ -276,24 +381,44 @@ def build_model(training: Any, image_shape: tuple[int, int, int], num_classes: i
   )
 
 
+def _check_there(path: pathlib.Path) -> None:
+  if not (path / MANIFEST).is_file():
+    raise InputError(f"{path} holds no {MANIFEST}: give the folder of a run of configs/cdm_train.py")
+
+
 def text_of(manifest: Mapping[str, Any]) -> str:
   """The text of manifest.json: there is one for every manifest."""
   return json.dumps(manifest_lib.sealed(manifest), indent=2, sort_keys=True) + "\n"
 
 
 def environment() -> dict[str, Any]:
-  """What bits depend on beside data and settings."""
+  """What bits depend on beside data and settings.
+
+  The package's own code is among it: after a change of it a version of a shard that is not finished begins anew.
+  """
   device = jax.devices()[0]
+  options = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
   packages = ("jax", "jaxlib", "flax", "optax", "numpy")
   return {
     **{name: importlib.metadata.version(name) for name in packages},
-    "jax_trustdiff": jax_trustdiff.__version__,
+    "jax_trustdif": jax_trustdiff.__version__,
     "code": code_digest(),
     "python": platform.python_version(),
     "device": f"{device.platform} {device.device_kind}",
+    "processor": _processor() if device.platform == "cpu" else "",
     "devices": jax.device_count(),
     "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    **{option: getattr(jax.config, option) for option in options},
   }
+
+
+@functools.cache
+def _processor() -> str:
+  """The model of the processor, whose instructions XLA chooses from."""
+  file = pathlib.Path("/proc/cpuinfo")
+  lines = file.read_text().splitlines() if file.is_file() else []
+  models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+  return f"{platform.machine()} {models[0] if models else platform.processor()}".strip()
 
 
 @functools.cache

@@ -31,6 +31,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     for name in added:
       rows = bundle.rows(number, name)
       bundle.manifest["shards"][name] = Training(bundle, name, number, rows).run()
+      bundle.remove_report()
       bundle.save()
   if "classifier" in bundle.active_artefacts():
     say("the classifier of shards does not know the new ones: train another, or take weights without it")

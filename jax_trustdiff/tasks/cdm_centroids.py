@@ -19,14 +19,14 @@ from jax_trustdiff.evaluation import report
 from jax_trustdiff.interop import safetensors_io
 from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.tasks import generation_metrics, store_writing
-from jax_trustdiff.tasks.bundles import Bundle, file_digests, names_of, seal_of
+from jax_trustdiff.tasks.bundles import Bundle, file_digests, folder_of, names_of, seal_of
 from jax_trustdiff.tasks.sampling import quantise
 from jax_trustdiff.training.workdir import Workdir, locked
 from jax_trustdiff.types import InputError, Signed
 
 FILE = "centroids.safetensors"
 
-reads = seal_of
+leaves = seal_of
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
@@ -35,7 +35,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   They become artefacts of the bundle, one for each shard. Features are those of config.metrics (`generation_metrics`). Returns for
   every shard, where there are several, the share of its images whose nearest centroid is one of its own.
   """
-  path = Bundle(config.cdm.path).path
+  path = folder_of(config, workdir)
   with locked(path):
     bundle = Bundle(path)
     names = names_of(config.cdm.only) or bundle.names

@@ -16,13 +16,13 @@ from jax_trustdiff.cdm import weights
 from jax_trustdiff.data import records
 from jax_trustdiff.models.uvit import UViT
 from jax_trustdiff.tasks import denoisers, image_training, noise_classifiers, train_noise_classifier
-from jax_trustdiff.tasks.bundles import Bundle, file_digests, seal_of
+from jax_trustdiff.tasks.bundles import Bundle, file_digests, folder_of, seal_of
 from jax_trustdiff.training.workdir import Workdir, locked
 from jax_trustdiff.types import InputError, Variables
 
 NAME = "classifier"
 
-reads = seal_of
+leaves = seal_of
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
@@ -31,7 +31,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   Its classes are the shards or, where their networks are conditional, shards with classes: from these w_t(x, i | c) follows. Of
   model.name=uvit_head it is a head on the middle features of the bundle's backbone.
   """
-  path = Bundle(config.cdm.path).path
+  path = folder_of(config, workdir)
   with locked(path):
     bundle = Bundle(path)
     names = bundle.names

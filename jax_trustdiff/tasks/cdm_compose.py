@@ -1,5 +1,8 @@
 """Images of a mixture of shards, into an image store: `generate` with a compartmentalized model in place of one network."""
 
+import json
+import math
+import pathlib
 from typing import Any
 
 import jax
@@ -15,31 +18,32 @@ from jax_trustdiff.diffusion.guidance import Guided
 from jax_trustdiff.diffusion.samplers import AncestralSampler
 from jax_trustdiff.diffusion.sde_samplers import PredictorCorrectorSampler
 from jax_trustdiff.tasks import cdm_centroids, cdm_classifier, denoisers, generate
-from jax_trustdiff.tasks.bundles import Bundle, names_of
+from jax_trustdiff.tasks.bundles import Bundle, names_of, reading
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError
 
 WEIGHTS = ("along_path", "classifier", "nearest", "prior", "equal", "fixed")
 RANDOM = ("random", "random_equal")
 ORDERS = ("mixture_first", "guidance_first")
+OWN = r"(^|/)shards/own/"  # the path of what shards have each, in a mixture
 NO_GUIDANCE = dict(scale=1.0, sigma_min=0.0, sigma_max=1e9, order="mixture_first")
 
 
 def reads(config) -> str:
-  """What the images are made of, for `seeds.complete`."""
+  """What the images are made of, for `Workdir.complete`."""
   return made_of(Bundle(config.cdm.path), config.mixture)
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
   """`generate.fill_store` with the mixture of the shards config.mixture.shards of the bundle config.cdm.path."""
-  bundle = Bundle(config.cdm.path)
-  return generate.fill_store(config, workdir, load_mixture(bundle, config))
+  with reading(config, workdir) as bundle:
+    model = load_mixture(bundle, config)
+  return generate.fill_store(config, workdir, model)
 
 
 def made_of(bundle: Bundle, section: Any) -> str:
   """SHA-256 of the parameters of the shards that a section `mixture` names, and of the artefacts that its weights look at."""
-  names = names_of(section.shards) or bundle.names
-  bundle.check_names(names)
+  names = shards_of(bundle, section)
   artefacts = bundle.active_artefacts()
   looked_at = {
     "classifier": [cdm_classifier.NAME],
@@ -51,15 +55,51 @@ def made_of(bundle: Bundle, section: Any) -> str:
   )
 
 
+def shards_of(bundle: Bundle, section: Any) -> list[str]:
+  """The names of the shards of a section `mixture`, '' for all; of those, with section.access, the ones that section.user may have parts of.
+
+  access: a JSON file {user: [names of shards]}. Other shards are not read, so weights know nothing of them either. InputError for users
+  and shards that are not there, for a shard by name that the user may not have, and where none is left.
+  """
+  names = names_of(section.shards) or bundle.names
+  bundle.check_names(names)
+  if not section.access and not section.user:
+    return names
+  allowed = _rights(bundle, section)
+  if section.shards and (forbidden := [name for name in names if name not in allowed]):
+    raise InputError(f"{section.user!r} may not have parts of shard {forbidden[0]!r}; of {', '.join(allowed) or 'none'}")
+  if not (left := [name for name in names if name in allowed]):
+    raise InputError(f"{section.user!r} may have parts of no shard of {bundle.path}")
+  return left
+
+
+def _rights(bundle: Bundle, section: Any) -> list[str]:
+  file = pathlib.Path(section.access).expanduser()
+  if not section.access or not file.is_file():
+    raise InputError(f"mixture.access: a JSON file {{user: [shards]}} is needed for a user, found {section.access!r}")
+  try:
+    rights = json.loads(file.read_text())
+  except ValueError:
+    raise InputError(f"{file} is not JSON") from None
+  if not isinstance(rights, dict) or not all(isinstance(one, list) for one in rights.values()):
+    raise InputError(f"{file} is to hold {{user: [names of shards]}}")
+  if section.user not in rights:
+    raise InputError(f"mixture.user={section.user!r} has no rights in {file}; there are those of {', '.join(sorted(rights))}")
+  bundle.check_names(rights[section.user])
+  return rights[section.user]
+
+
 def load_mixture(bundle: Bundle, config: Any) -> generate.Model:
   """The mixture that config.mixture and config.guidance describe.
 
-  mixture.shards: names by commas ('': all). weights: of WEIGHTS, where 'classifier' is the bundle's (cdm_classifier.py), 'nearest' goes by
+  mixture.shards, access, user: see `shards_of`. weights: of WEIGHTS, where 'classifier' is the bundle's (cdm_classifier.py), 'nearest' goes by
   its centroids (cdm_centroids.py) and mixture.nearest, the fields of `weights.Nearest`, and 'fixed' takes mixture.proportions, one for
-  each shard; or of RANDOM, one shard drawn for every step. top_k: only the k largest weights of an image (0: all). impl: see `Mixture`. guidance.scale with order 'mixture_first' guides the mixture, with 'guidance_first' every shard.
+  each shard; or of RANDOM, one shard drawn for every step. top_k: only the k largest weights of an image (0: all). impl: see `Mixture`; with 'shard_map' shards are shared
+  out over as many devices as divide both their number and that of the devices. guidance.scale with order 'mixture_first' guides the mixture, with 'guidance_first' every shard.
   """
   section = config.mixture
-  stack, names = bundle.stack(names_of(section.shards))
+  names = shards_of(bundle, section)
+  stack, names = bundle.stack(names)
   network, preconditioning = stack.common.network, stack.common.preconditioning
   counts = np.array([bundle.manifest["shards"][name]["class_counts"] for name in names], float)
   conditional = network.num_classes > 0
@@ -67,6 +107,7 @@ def load_mixture(bundle: Bundle, config: Any) -> generate.Model:
   if conditional:
     with np.errstate(divide="ignore"):
       class_log_prior = jnp.asarray(np.log(counts / counts.sum(1, keepdims=True)), jnp.float32)
+  is_split = section.impl == "shard_map" and section.weights not in RANDOM
   labelled, unlabelled, evaluations = _assemble(bundle, config, stack, names, class_log_prior)
   return generate.Model(
     labelled=labelled,
@@ -84,6 +125,8 @@ def load_mixture(bundle: Bundle, config: Any) -> generate.Model:
     network_evaluations=evaluations,
     needs_labels=f"guidance.scale={config.guidance.scale}" if config.guidance.scale != 1 else "",
     classes=tuple(np.flatnonzero(counts.sum(0)).tolist()) if conditional else (),
+    shard_devices=math.gcd(len(names), jax.local_device_count()) if is_split else 1,
+    split=OWN if is_split else "",
   )
 
 

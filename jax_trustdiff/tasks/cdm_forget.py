@@ -6,18 +6,14 @@ for instance, is deleted too, and the mixture does without it until it is made a
 """
 
 import json
-import pathlib
-import shutil
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from jax_trustdiff import config as config_lib
 from jax_trustdiff.cdm import manifest as manifest_lib
 from jax_trustdiff.evaluation import report
-from jax_trustdiff.tasks.bundles import Bundle, environment, names_of, to_change
+from jax_trustdiff.tasks.bundles import Bundle, environment, folder_of, names_of, to_change
 from jax_trustdiff.tasks.shard_training import Training
 from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir, locked, write_atomically
@@ -29,6 +25,7 @@ RISKS = (
   "the backbone, if there is one, and what it was trained on",
   "images that were sampled before, and models trained on those",
   "pictures in reports of other runs, such as those of attribution and of centroids",
+  "the names of shards that were dropped, which stay in the manifest",
   "settings that were chosen by looking at results with the forgotten data",
 )
 
@@ -38,13 +35,14 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 
   forget.shards: names by commas, dropped as a whole. forget.positions: images by their place in the training split of data set
   forget.origin, by commas. forget.file: a text file of contents' SHA-256 (`slices.content_ids`) in hexadecimal, a line each; such an image
-  may have left the data set already. The manifest names the deletion once all is done; a run that was killed goes on with the same command.
+  may have left the data set already. forget.plan: changes nothing, and returns what it would take (`plan.json`). The manifest names the
+  deletion once all is done; a run that was killed goes on with the same command.
   """
-  path = to_change(config, workdir)
+  path = folder_of(config, workdir) if config.forget.plan else to_change(config, workdir)
   with locked(path):
     bundle = Bundle(path)
     dropped = sorted(set(names_of(config.forget.shards)))
-    wanted = _named(bundle, config.forget)
+    wanted = bundle.named(config.forget)
     if not dropped and not wanted:
       raise InputError("nothing to forget: give forget.shards, forget.positions or forget.file")
     request = manifest_lib.digest({"images": wanted, "shards": dropped})
@@ -54,8 +52,10 @@ def run(config, workdir: Workdir) -> dict[str, float]:
       _check_new(bundle, wanted)
       again, emptied = _affected(bundle, wanted, dropped)
     workdir.open()
+    if config.forget.plan:
+      return _planned(workdir, bundle, {} if done else again, () if done else (*dropped, *emptied))
     record = done[0] if done else _forget(bundle, request, wanted, dropped, again, emptied)
-    _remove_reports(path)
+    bundle.remove_report()
     bundle.save()
   metrics = {
     "images": len(record["images"]),
@@ -79,13 +79,9 @@ def _forget(
 ) -> dict[str, Any]:
   """Trains again what must be, changes the manifest, which is not written yet, and returns the record of the deletion."""
   began, shards, artefacts = time.monotonic(), bundle.manifest["shards"], bundle.manifest["artefacts"]
-  steps = sum(one.steps for one in again.values())
-  total = sum(one["stages"][-1]["last_step"] for one in shards.values())
+  steps, total = _steps(bundle, again)
   gone = [*dropped, *emptied]
-  stages = (f"{name} from stage {one.first_stage + 1}" for name, one in again.items())
-  say(
-    f"dropped: {', '.join(gone) or 'no shard'}; trained again: {', '.join(stages) or 'no shard'}; {steps / total:.1%} of all steps"
-  )
+  _say(again, gone, steps / total)
   entries = {name: one.run() for name, one in again.items()}
   active = bundle.active_artefacts()
   stale = manifest_lib.stale_after(active, [*gone, *entries])
@@ -117,33 +113,38 @@ def _forget(
   return record
 
 
-def _named(bundle: Bundle, section: Any) -> list[str]:
-  """What stands in the manifest for the images that are named; InputError for what cannot be read."""
-  contents: set[bytes] = set()
-  if section.positions:
-    if not 0 <= section.origin < len(bundle.manifest["origins"]):
-      raise InputError(
-        f"forget.origin={section.origin}: there are data sets 0 .. {len(bundle.manifest['origins']) - 1}"
-      )
-    data = bundle.data(section.origin)
-    try:
-      rows = [int(text) for text in section.positions.strip("()").split(",")]
-    except ValueError:
-      raise InputError(
-        f"forget.positions has numbers separated by commas, found {section.positions!r}"
-      ) from None
-    if wrong := [row for row in rows if not 0 <= row < len(data.contents)]:
-      raise InputError(f"forget.positions: there are {len(data.contents)} images, none at {wrong[0]}")
-    contents |= {data.contents[row] for row in rows}
-  if section.file:
-    file = pathlib.Path(section.file).expanduser()
-    if not file.is_file():
-      raise InputError(f"forget.file: no such file {file}")
-    try:
-      contents |= {bytes.fromhex(line.strip()) for line in file.read_text().splitlines() if line.strip()}
-    except ValueError:
-      raise InputError(f"{file} has a line that is no SHA-256 in hexadecimal digits") from None
-  return sorted(bundle.salted(one) for one in contents)
+def _planned(
+  workdir: Workdir, bundle: Bundle, again: dict[str, Training], gone: Sequence[str]
+) -> dict[str, float]:
+  """What a deletion would take, also written to plan.json and said."""
+  steps, total = _steps(bundle, again)
+  plan = {
+    "dropped": sorted(gone),
+    "retrained": {
+      name: {"from_stage": one.first_stage, "steps": one.steps, "images": len(one.rows)} for name, one in again.items()
+    },
+    "stale": manifest_lib.stale_after(bundle.active_artefacts(), [*gone, *again]),
+  }
+  write_atomically(workdir / "plan.json", json.dumps(plan, indent=2, sort_keys=True) + "\n")
+  _say(again, gone, steps / total)
+  say(f"to be made anew: {', '.join(plan['stale']) or 'nothing'}; nothing was changed")
+  return {
+    "dropped_shards": len(gone),
+    "retrained_shards": len(again),
+    "steps_share": steps / total,
+    "stale_artefacts": len(plan["stale"]),
+  }
+
+
+def _steps(bundle: Bundle, again: dict[str, Training]) -> tuple[int, int]:
+  """(steps that these trainings take, steps of the whole bundle)"""
+  of_all = sum(one["stages"][-1]["last_step"] for one in bundle.manifest["shards"].values())
+  return sum(one.steps for one in again.values()), of_all
+
+
+def _say(again: dict[str, Training], gone: Sequence[str], share: float) -> None:
+  stages = (f"{name} from stage {one.first_stage + 1}" for name, one in again.items())
+  say(f"dropped: {', '.join(gone) or 'no shard'}; trained again: {', '.join(stages) or 'no shard'}; {share:.1%} of all steps")
 
 
 def _check_new(bundle: Bundle, wanted: Sequence[str]) -> None:
@@ -180,14 +181,7 @@ def _affected(
     if not kept:
       emptied.append(name)
       continue
-    data = bundle.data(about["origin"])
-    rows = data.of(name)
-    rows = rows[np.array([bundle.salted(data.contents[i]) in kept for i in rows], bool)]
-    if len(rows) < len(kept):
-      raise InputError(
-        f"{len(kept) - len(rows)} images that shard {name} was trained on are no longer in its data set: forget them as well "
-        "(forget.file), or bring them back"
-      )
+    rows = bundle.trained_rows(name, wanted)
     first = touched[0]
     if first and about["environment"] != here:
       changed = [key for key, value in here.items() if about["environment"].get(key) != value]
@@ -197,12 +191,6 @@ def _affected(
       first = 0
     again[name] = Training(bundle, name, about["origin"], rows, first)
   return again, emptied
-
-
-def _remove_reports(path: pathlib.Path) -> None:
-  """Pictures and numbers of the bundle's own run, which show what is forgotten; its command writes them anew."""
-  shutil.rmtree(path / "report", ignore_errors=True)
-  (path / "result.json").unlink(missing_ok=True)
 
 
 def _report(config, workdir: Workdir, bundle: Bundle, record: dict[str, Any], metrics) -> None:

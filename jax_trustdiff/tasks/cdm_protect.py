@@ -18,7 +18,7 @@ from jax_trustdiff.cdm import product
 from jax_trustdiff.data import records, sources
 from jax_trustdiff.evaluation import report
 from jax_trustdiff.tasks import cdm_compose, denoisers, evaluate_likelihood, generate
-from jax_trustdiff.tasks.bundles import Bundle
+from jax_trustdiff.tasks.bundles import Bundle, reading
 from jax_trustdiff.tasks.sampling import ImageSampler
 from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir
@@ -37,8 +37,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   estimated_k_low and estimated_k_high, which then are all that is known (`product.kl_limits`); estimated_kl/<shard> of the product from each
   shard, by estimated_k. protect.npz: log_densities_of_product and log_densities_of_first, [s n].
   """
-  bundle = Bundle(config.cdm.path)
-  model = cdm_compose.load_mixture(bundle, config)
+  with reading(config, workdir) as bundle:
+    model = cdm_compose.load_mixture(bundle, config)
   shards, names = model.unlabelled.shards, model.provenance["shards"]
   _check(config, bundle, names)
   own_sampler = denoisers.build_sampler(config.own_sampler, model.preconditioning)

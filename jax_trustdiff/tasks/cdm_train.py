@@ -4,6 +4,8 @@ Golatkar et al. 2024 (arXiv:2308.01937). Shards never see each other's data: any
 (`cdm.only`), and what is made of several is listed in the manifest as such.
 """
 
+import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -12,19 +14,32 @@ from jax_trustdiff import config as config_lib
 from jax_trustdiff.cdm import slices
 from jax_trustdiff.evaluation import report
 from jax_trustdiff.tasks import compartments, denoisers, shard_training
-from jax_trustdiff.tasks.bundles import TRAINING, Bundle, names_of
+from jax_trustdiff.tasks.bundles import (
+  CONFIG,
+  MANIFEST,
+  REPORT,
+  TRAINING,
+  Bundle,
+  file_digest,
+  file_digests,
+  names_of,
+)
 from jax_trustdiff.tasks.compartments import Compartments
 from jax_trustdiff.tasks.shard_training import Training
 from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError
 
+SLICES = (1, 2, 4, 8, 16)  # of the planner
+OF_PARTS = True  # for `Workdir`: shards are parts that refuse another training each, and so does the bundle
+
 
 def run(config, workdir: Workdir) -> dict[str, float]:
   """Trains the shards that are not in the manifest yet, and returns their numbers: images, steps, expected cost of a deletion.
 
-  config.cdm.only: names by commas, the others are left to other runs ('': all). Shards that were dropped are not trained again. The
-  workdir is the bundle (`bundles.Bundle`).
+  config.cdm.only: names by commas, the others are left to other runs ('': all); a later run in the same folder may name others. Shards
+  that were dropped are not trained again. The workdir is the bundle (`bundles.Bundle`). InputError if it holds one that was trained with
+  other settings or of other data.
   """
   data = compartments.split(config.data, config.shards, config.seed)
   only = names_of(config.cdm.only) or list(data.names)
@@ -35,9 +50,11 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   source = data.source
   shard_training.check(config, source.image_shape, source.num_classes, backbone and backbone[0])
 
+  training, origin = {name: config_lib.to_plain(config[name]) for name in TRAINING}, origin_of(config, data)
+  salt = _salt(config.cdm.salt_file)
+  _check_same(workdir.path, training, origin, salt)
   workdir.open()
-  training = {name: config_lib.to_plain(config[name]) for name in TRAINING}
-  bundle = Bundle.create(workdir.path, training, origin_of(config, data), backbone)
+  bundle = Bundle.create(workdir.path, training, origin, backbone, salt)
   for name in only:
     if name in bundle.manifest["shards"]:
       continue
@@ -49,7 +66,34 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     bundle.save()
   metrics = summary(bundle)
   _report(config, workdir, bundle, metrics)
+  bundle.manifest |= {"report": file_digests(workdir / REPORT), "config": file_digest(workdir / CONFIG)}
+  bundle.save()
   return metrics
+
+
+def _salt(path: str) -> str:
+  """The salt of a file, '' for none; InputError unless it has a line of 64 hexadecimal digits."""
+  if not path:
+    return ""
+  file = pathlib.Path(path).expanduser()
+  text = file.read_text().strip() if file.is_file() else ""
+  if not re.fullmatch("[0-9a-f]{64}", text):
+    raise InputError(f"cdm.salt_file: {file} is to hold a line of 64 hexadecimal digits")
+  return text
+
+
+def _check_same(path: pathlib.Path, training: dict[str, Any], origin: dict[str, Any], salt: str) -> None:
+  """InputError if there is a bundle of another training or other data: of the config, only what is no part of these may change."""
+  if not (path / MANIFEST).is_file():
+    return
+  bundle = Bundle(path)
+  manifest = bundle.manifest
+  if salt and bytes.fromhex(salt) != bundle.salt:
+    raise InputError(f"{path} holds a bundle of another salt than cdm.salt_file")
+  if changed := config_lib.difference(
+    {"training": manifest["training"], "data": manifest["origins"][0]}, {"training": training, "data": origin}
+  ):
+    raise InputError(f"{path} holds a bundle of another training ({'; '.join(changed[:4])}): take another --workdir")
 
 
 def origin_of(config: Any, data: Compartments) -> dict[str, Any]:
@@ -58,6 +102,7 @@ def origin_of(config: Any, data: Compartments) -> dict[str, Any]:
   return {
     "data": config_lib.to_plain(config.data),
     "shards": config_lib.to_plain(config.shards),
+    "files": compartments.files_of(config.shards),
     "image_shape": list(source.image_shape),
     "num_classes": source.num_classes,
     "class_names": list(source.class_names),
@@ -97,7 +142,7 @@ def summary(bundle: Bundle) -> dict[str, float]:
 
 
 def _report(config, workdir: Workdir, bundle: Bundle, metrics) -> None:
-  folder = workdir / "report"
+  folder = workdir / REPORT
   folder.mkdir(exist_ok=True)
   figures = []
   if metrics["num_shards"]:
@@ -114,10 +159,18 @@ def _report(config, workdir: Workdir, bundle: Bundle, metrics) -> None:
     summary=f"{metrics['num_shards']} shards, trained apart from each other.",
     metrics=metrics,
     figures=figures,
-    tables=[("Shards", *_table(bundle))],
+    tables=[("Shards", *_table(bundle))] + _planner(metrics),
     config_text=config_lib.to_json(config),
     info=workdir.information(),
   )
+
+
+def _planner(metrics) -> list[tuple[str, list[str], list[list[str]]]]:
+  """What a deletion would cost with other numbers of slices."""
+  if not metrics["num_shards"]:
+    return []
+  rows = [[str(r), f"{slices.expected_share(metrics['num_shards'], r):.1%}"] for r in SLICES]
+  return [("All training that an average deletion costs, of equal shards", ["slices of a shard", "share"], rows)]
 
 
 def _pictures(bundle: Bundle, each: int) -> np.ndarray:

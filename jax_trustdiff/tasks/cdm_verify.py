@@ -12,24 +12,27 @@ from jax_trustdiff.evaluation import report
 from jax_trustdiff.interop import safetensors_io
 from jax_trustdiff.tasks.bundles import (
   BACKBONE_FILE,
+  CONFIG,
   MANIFEST,
+  PASSING,
+  REPORT,
+  RESULT,
   SALT,
   Bundle,
   environment,
   file_digest,
   file_digests,
+  folder_of,
   names_of,
   text_of,
 )
 from jax_trustdiff.tasks.cdm_forget import RISKS
 from jax_trustdiff.tasks.shard_training import Training
 from jax_trustdiff.training.progress import say
-from jax_trustdiff.training.workdir import Workdir, locked, write_atomically
+from jax_trustdiff.training.workdir import Workdir, locked, result_fault, write_atomically
 from jax_trustdiff.types import InputError, RunError
 
 Found = list[tuple[str, str]]  # (what was checked, '' or what is wrong)
-
-OF_RUNS = {"config.json", "result.json", "report", ".lock", ".seconds"}  # of the run that made the bundle
 
 
 def reads(config) -> None:
@@ -39,17 +42,14 @@ def reads(config) -> None:
 def run(config, workdir: Workdir) -> dict[str, float]:
   """Checks the bundle config.cdm.path and returns the number of checks; RunError, after all were made, if one failed.
 
-  The seal and the text of the manifest; the hash of every file of every shard and artefact, of the salt and the backbone; the state after
-  every stage; that nothing else lies there; that the images each shard was trained on are those of its data set less the forgotten ones
+  The seal and the text of the manifest; the hash of every file of every shard and artefact, of the salt, of the backbone, and of config and
+  report of the run that made it, whose result has a seal of its own; the state after every stage; that nothing else lies there; that
+  every shard's list of images is the one below its roots; that the images each shard was trained on are those of its data set less the forgotten ones
   (config.verify.data=False leaves this out where the data are not at hand); that every deletion left other shards as they were; that no
   artefact depends on a shard that is gone or another now. config.verify.replay: shards by commas, or 'all', that are trained again from
   nothing and compared bit by bit.
   """
-  path = pathlib.Path(config.cdm.path).expanduser()
-  if not (path / MANIFEST).is_file():
-    raise InputError(f"{path} holds no {MANIFEST}: give the folder of a run of configs/cdm_train.py")
-  if path.resolve() in (workdir.path, *workdir.path.parents):
-    raise InputError(f"workdir {workdir.path} lies in the bundle: take another --workdir")
+  path = folder_of(config, workdir)
   with locked(path):
     try:
       bundle = Bundle(path)
@@ -82,12 +82,16 @@ def _files(bundle: Bundle) -> Found:
   found.append((SALT, _fault(manifest["salt_sha256"], _digest(path / SALT))))
   if manifest["backbone"] is not None:
     found.append((BACKBONE_FILE, _fault(manifest["backbone"]["sha256"], _digest(path / BACKBONE_FILE))))
-  for about in (*manifest["shards"].values(), *bundle.active_artefacts().values()):
-    folder = path / about["folder"]
-    there = file_digests(folder) if folder.is_dir() else {}
-    for name in sorted(there.keys() | about["files"].keys()):
-      found.append((f"{about['folder']}/{name}", _fault(about["files"].get(name), there.get(name))))
+  found.append((CONFIG, _fault(manifest["config"], _digest(path / CONFIG))))
+  if (path / RESULT).is_file():  # a deletion removes it
+    found.append((RESULT, result_fault(path / RESULT)))
+  folders = {about["folder"]: about["files"] for about in (*manifest["shards"].values(), *bundle.active_artefacts().values())}
+  for folder, files in (folders | {REPORT: manifest["report"]}).items():
+    there = file_digests(path / folder) if (path / folder).is_dir() else {}
+    for name in sorted(there.keys() | files.keys()):
+      found.append((f"{folder}/{name}", _fault(files.get(name), there.get(name))))
   for name, about in manifest["shards"].items():
+    found.append((f"images of {name} are below its roots", _roots_fault(bundle, name)))
     before = None
     for number, stage in enumerate(about["stages"]):
       file = path / about["folder"] / "stages" / f"{number}.safetensors"
@@ -119,8 +123,18 @@ def _state_fault(file: pathlib.Path, wanted: str) -> str:
     return str(error)
 
 
+def _roots_fault(bundle: Bundle, name: str) -> str:
+  about = bundle.manifest["shards"][name]
+  try:
+    images = bundle.images(name)
+  except InputError as error:
+    return str(error)
+  roots = [manifest_lib.merkle_root(one) for one in (*images, sum(images, []))]
+  return "" if roots == [*(part["root"] for part in about["slices"]), about["root"]] else "they are others"
+
+
 def _strays(bundle: Bundle) -> Found:
-  known = {MANIFEST, SALT, "shards", "artefacts", *OF_RUNS}
+  known = {MANIFEST, SALT, CONFIG, RESULT, REPORT, "shards", "artefacts", *PASSING}
   if bundle.manifest["backbone"] is not None:
     known.add(BACKBONE_FILE)
   strays = bundle.strays() + [one for one in bundle.path.iterdir() if one.name not in known]
@@ -166,7 +180,7 @@ def _deletions(bundle: Bundle) -> Found:
   for name in bundle.names:
     try:
       kept = {image for of_slice in bundle.images(name) for image in of_slice}
-    except (OSError, ValueError):
+    except InputError:
       continue  # its files are at fault already
     found.append((f"{name} has no forgotten image", f"it has {len(kept & gone)}" if kept & gone else ""))
   return found
@@ -203,8 +217,7 @@ def _replay(bundle: Bundle, name: str, workdir: Workdir) -> Found:
       if (bundle.path / file).is_file():
         shutil.copy(bundle.path / file, scratch / file)
     (scratch / MANIFEST).write_text(text_of(bundle.manifest | {"shards": {}, "artefacts": {}}))
-    copy = Bundle(scratch)
-    again = Training(copy, name, about["origin"], copy.rows(about["origin"], name)).run()
+    again = Training(Bundle(scratch), name, about["origin"], bundle.trained_rows(name)).run()
   finally:
     shutil.rmtree(scratch)
   pairs = [

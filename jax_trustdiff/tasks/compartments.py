@@ -6,6 +6,7 @@ masked, so that a shard's program does not know how many images it has.
 
 import collections
 import dataclasses
+import hashlib
 import pathlib
 import re
 import threading
@@ -62,6 +63,12 @@ def split(config_data: Any, section: Any, seed: int) -> Compartments:
   return Compartments(source, names, shard, _slices(contents, section, seed), contents)
 
 
+def files_of(section: Any) -> dict[str, str]:
+  """{file: its SHA-256} of the files that `section` divides images by."""
+  files = [one for one in (section.file, section.slice_file) if one]
+  return {one: hashlib.sha256(pathlib.Path(one).expanduser().read_bytes()).hexdigest() for one in files}
+
+
 def _shards(
   source: ImageSource, contents: list[bytes], section: Any, seed: int
 ) -> tuple[tuple[str, ...], np.ndarray]:
@@ -82,6 +89,8 @@ def _shards(
   if section.by == "score":
     scores = np.load(_file(section.file, "an .npy file with a score for each image"), allow_pickle=False)
     _check_count(scores, source, section.file)
+    if scores.ndim != 1 or not np.issubdtype(scores.dtype, np.number) or not np.isfinite(scores).all():
+      raise InputError(f"{section.file} holds {scores.dtype} {list(scores.shape)}; expected a finite number for each image")
     limits = list(section.thresholds)
     if not limits or limits != sorted(set(limits)):
       raise InputError(f"shards.thresholds must increase, found {section.thresholds}")
@@ -141,7 +150,7 @@ def _file(path: str, what: str) -> pathlib.Path:
   return file
 
 
-def _check_count(values: Sequence, source: ImageSource, path: str) -> None:
+def _check_count(values: Any, source: ImageSource, path: str) -> None:
   if len(values) != len(source):
     raise InputError(f"{path} has {len(values)} entries for {len(source)} images")
 

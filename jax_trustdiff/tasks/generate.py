@@ -49,6 +49,8 @@ class Model:
   needs_labels: str = ""  # why it cannot do without labels of the network's classes
   classifier: NoisyClassifier | None = None  # which guides, and has noise levels of its own
   classes: tuple[int, ...] = ()  # those that it has images of; (): all
+  shard_devices: int = 1  # devices that the leaves of path `split` are shared out over, the axis 'shard' of the mesh
+  split: str = ""
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
@@ -64,7 +66,7 @@ def fill_store(config, workdir: Workdir, model: Model) -> dict[str, float]:
   a classifier is evaluated once for each of the former, with a backward pass.
   """
   worker, num_workers = store_writing.worker(config.generate, "generate")
-  mesh = parallel.make_local_mesh()
+  mesh = parallel.make_local_mesh(model.shard_devices)
   labels_of, labels_origin = _labels(config, model)
   sampler = _sampler(config, model, mesh)
   plan = _plan(config, model, labels_origin, sampler.micro_batch)
@@ -77,7 +79,7 @@ def fill_store(config, workdir: Workdir, model: Model) -> dict[str, float]:
   store = ImageStore(path, plan, store_writing.maker())
   denoise = model.labelled if labels_of else model.unlabelled
   made, seconds = _generate(
-    config, store, sampler, denoise, labels_of, range(worker, plan.num_shards, num_workers)
+    config, store, sampler, denoise, model.split, labels_of, range(worker, plan.num_shards, num_workers)
   )
   parallel.barrier("shards")
   sha256 = store.finish(config.generate.verify)
@@ -249,11 +251,12 @@ def _generate(
   store: ImageStore,
   sampler: ImageSampler,
   denoise: Any,
+  split: str,
   labels_of: LabelsOf | None,
   shards: range,
 ) -> tuple[int, float]:
   """Makes those of `shards` that are missing: (images made, seconds it took). Stopped after SIGTERM."""
-  denoise = parallel.replicate_to_devices(sampler.mesh, denoise)
+  denoise = parallel.replicate_to_devices(sampler.mesh, denoise, split)
 
   def make(rows, progress):
     ids = config.generate.first_id + np.asarray(rows, np.int64)

@@ -152,9 +152,12 @@ class ImageSampler:
     return quantise(x), jnp.isfinite(x).all((1, 2, 3)), nfe.astype(jnp.int32)
 
 
-def image_keys(seed: int, ids: jax.Array) -> jax.Array:
-  """The typed key of each image: its id folded into a key of the seed from which no other task draws."""
-  key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"images"))
+def image_keys(seed: int, ids: jax.Array, purpose: str = "images") -> jax.Array:
+  """The typed key of each image: its id folded into a key of the seed and the purpose, from which nothing else draws.
+
+  purpose: 'images' are the draws that an image is made of; what looks at images that may have been made so takes another.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
   return jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
 
 

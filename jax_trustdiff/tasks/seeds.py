@@ -1,33 +1,37 @@
 """One run, or one for each of several seeds with the mean and the interval of every metric."""
 
+import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from jax_trustdiff import config as config_lib
 from jax_trustdiff.evaluation import statistics
 from jax_trustdiff.training.progress import say
-from jax_trustdiff.training.workdir import Workdir
+from jax_trustdiff.training.workdir import LEAVES, READS, State, Workdir
 from jax_trustdiff.types import InputError
 
 
 def complete(task: types.ModuleType, config, workdir: Workdir) -> dict[str, float]:
-  """The metrics of a task for one or several seeds, by `Workdir.complete`: what the command line does.
+  """The metrics of a task for one or several seeds, by `Workdir.complete`: what the command line does."""
+  states = states_of(task, config)
+  return workdir.complete(lambda: run(task.run, config, workdir, states), **states)
 
-  A task that reads what others change has a function reads(config) -> its state (None: it is never finished).
-  """
-  reads = getattr(task, "reads", None)
-  state = None if reads is None else lambda: reads(config)
-  return workdir.complete(lambda: run(task.run, config, workdir, state), state)
+
+def states_of(task: Any, config) -> dict[str, State]:
+  """The `reads` and `leaves` of `Workdir.complete` that a task has: its functions of these names, of a config."""
+  names = [name for name in (READS, LEAVES) if hasattr(task, name)]
+  return {name: functools.partial(getattr(task, name), config) for name in names}
 
 
 def run(
-  task: Callable[..., dict[str, float]], config, workdir: Workdir, reads: Callable[[], str | None] | None = None
+  task: Callable[..., dict[str, float]], config, workdir: Workdir, states: Mapping[str, State] | None = None
 ) -> dict[str, float]:
   """The metrics of `task(config, workdir)`; with config.seeds = '0,1,2' those of seed-0/, seed-1/, seed-2/ together.
 
   Then every metric is the mean over the seeds and '<metric>/interval' the half-width of its 95 % Student interval.
   Each seed is a run of its own in workdir/seed-<seed>, with its own result.json; finished ones are not run again.
-  reads: see `Workdir.complete`.
+  states: see `states_of`.
   """
   if config.seeds and "sweep_seeds" in config:
     raise InputError(
@@ -44,7 +48,9 @@ def run(
   for seed in seeds:
     part = config_lib.from_plain(config_lib.to_plain(config) | {"seed": seed, "seeds": ""})
     folder = workdir.sub(f"seed-{seed}", part)
-    found = folder.complete(lambda seed=seed, part=part, folder=folder: _one(task, seed, part, folder), reads)
+    found = folder.complete(
+      lambda seed=seed, part=part, folder=folder: _one(task, seed, part, folder), **(states or {})
+    )
     results.append(found)
   workdir.open()
   metrics = {}

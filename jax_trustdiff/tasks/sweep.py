@@ -11,6 +11,7 @@ import numpy as np
 from jax_trustdiff import config as config_lib
 from jax_trustdiff import parallel, tasks
 from jax_trustdiff.evaluation import report, statistics
+from jax_trustdiff.tasks import seeds
 from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir
 from jax_trustdiff.types import InputError
@@ -171,13 +172,13 @@ class _Plan:
   def complete(self, part: _Part, what: str) -> _Found:
     """The metrics of a run and its verdicts, if it has any; it is run if it is not finished."""
     config = part.load()
-    folder = self._workdir.sub(part.folder, config)
+    folder, task = self._workdir.sub(part.folder, config), tasks.find(config.task)
 
     def begin():
       say(f"{what}: {part}")
-      return tasks.find(config.task).run(config, folder)
+      return task.run(config, folder)
 
-    metrics = folder.complete(begin)
+    metrics = folder.complete(begin, **seeds.states_of(task, config))
     examples = folder.recorded("examples") or {}
     return metrics | {name: np.asarray(examples[name]) for name in (*VERDICTS, IDS) if name in examples}
 

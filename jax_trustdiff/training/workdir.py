@@ -6,6 +6,7 @@ workdir/ config.json  metrics.jsonl  result.json  checkpoints/  export/  export_
 import contextlib
 import errno
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -23,7 +24,8 @@ from jax_trustdiff import parallel
 from jax_trustdiff.training.progress import say
 from jax_trustdiff.types import InputError
 
-READS = "reads"  # in result.json
+READS, LEAVES, SEAL = "reads", "leaves", "sha256"  # in result.json
+State = Callable[[], str | None]
 
 
 class Workdir:
@@ -128,28 +130,37 @@ class Workdir:
     return json.loads(file.read_text())["metrics"] if file.exists() else None
 
   def complete(
-    self, run: Callable[[], Mapping[str, Any]], reads: Callable[[], str | None] | None = None
+    self, run: Callable[[], Mapping[str, Any]], reads: State | None = None, leaves: State | None = None
   ) -> dict[str, Any]:
     """The metrics of result.json if this run is finished, else those of `run()`, written there; InputError as `check`.
 
-    reads: the state of what the run reads and others change, such as the seal of a bundle. The run is finished for the state at its
-    end alone, with None for none. The lock, which `run` takes by `open`, is given back.
+    reads: the state of what the run reads and others change, such as the shards of a bundle. The run is finished for the state at its
+    beginning alone, with None for none. leaves: the state of what the run itself changes; it is finished for the state at its end.
+    The lock, which `run` takes by `open`, is given back.
     """
     self.check()
     metrics = None if self._changes() else self.finished_metrics()
-    if metrics is not None and reads is not None and (now := reads()) != self.recorded(READS):
-      if now is not None:
-        say(f"what {self.path} was made of has changed since: it is made again")
+    if metrics is not None and not self._is_as_recorded(reads, leaves):
       metrics = None
     if metrics is None:
       try:
-        metrics = dict(run())
         if reads is not None:
           self.record(READS, reads() or "")
+        metrics = dict(run())
+        if leaves is not None:
+          self.record(LEAVES, leaves() or "")
         self.write_result(metrics)
       finally:
         self.close()
     return metrics
+
+  def _is_as_recorded(self, reads: State | None, leaves: State | None) -> bool:
+    for name, state in ((READS, reads), (LEAVES, leaves)):
+      if state is not None and (now := state()) != self.recorded(name):
+        if now is not None:
+          say(f"what {self.path} was made of has changed since: it is made again")
+        return False
+    return True
 
   def information(self) -> dict[str, Any]:
     """Task, config hash, seed, versions, device and the seconds spent, earlier sessions included.
@@ -180,10 +191,10 @@ class Workdir:
     return (before | self._records).get(name)
 
   def write_result(self, metrics: Mapping[str, Any]) -> None:
-    """result.json: `information`, the flat dict `metrics`, and what was recorded."""
+    """result.json: `information`, the flat dict `metrics`, what was recorded, and the SHA-256 of all this (`result_fault`)."""
     if parallel.is_main_process():
       result = self.information() | {"metrics": dict(metrics)} | self._records
-      write_atomically(self / "result.json", json.dumps(result, indent=2) + "\n")
+      write_atomically(self / "result.json", _text_of(result | {SEAL: _seal(result)}))
 
   def _seconds(self) -> float:
     return self._seconds_before + time.monotonic() - self._started
@@ -220,6 +231,25 @@ class Workdir:
         )
     elif any(not p.name.startswith(".") for p in self.path.iterdir()):
       raise InputError(f"workdir {self.path} is not empty and holds no config.json: it is not a run's folder")
+
+
+def result_fault(file: pathlib.Path) -> str:
+  """What is wrong with the text of a result.json: '' if it is as it was written."""
+  try:
+    text = file.read_text()
+    result = json.loads(text)
+  except ValueError:
+    return "it was changed"
+  whole = isinstance(result, dict) and text == _text_of(result) and result.pop(SEAL, "") == _seal(result)
+  return "" if whole else "it was changed"
+
+
+def _text_of(result: Mapping[str, Any]) -> str:
+  return json.dumps(result, indent=2) + "\n"
+
+
+def _seal(result: Mapping[str, Any]) -> str:
+  return hashlib.sha256(_text_of(result).encode()).hexdigest()
 
 
 @contextlib.contextmanager
