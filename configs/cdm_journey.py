@@ -8,8 +8,8 @@ a planted picture among the eights: five shards of two digits each, without labe
 Stages, each a run of its own in a folder of the workdir: shards and monolithic (cdm_train.py), classifier (cdm_classifier.py), judge
 (at_cifar.py: a classifier that has no part in it), images and attributed (cdm_attribute.py), without_canary and without_source (cdm_forget.py), added
 (cdm_add.py), verified (cdm_verify.py, the shards of the forgotten picture and of what was added trained again and compared). Rows: images of every composition (cdm_compose.py), with
-KID and FID of their pixels against what all shards were trained on, the planted picture with its copies too; then the planted picture's rate, and the
-share of copies.
+KID and FID of their pixels against what all shards were trained on, the planted picture with its copies too, and KID against the digits without it;
+then the planted picture's rate, and the share of copies.
 
 Variants:
   cpu    1000 images of each composition
@@ -46,10 +46,14 @@ def get_config(variant: str = "") -> ConfigDict:
     train += ",model.channel_mult=(1,),shards.groups=(0,1,2,3,4,5;6,7;8,9)"
     classifier += ",model.channel_mult=(1,)"
     judge = "configs/at_cifar.py:smoke,objective.name=standard,objective.label_smoothing=0.0"
-    quality += "metrics.kid_subsets=2,metrics.kid_subset_size=16"
+    kid = "metrics.kid_subsets=2,metrics.kid_subset_size=16"
+    unplanted = quality + kid
+    quality += kid
     memory += "memorisation.neighbours=10"
   else:
-    quality += f"{data},metrics.kid_subsets=100,metrics.kid_subset_size=500"
+    kid = "metrics.kid_subsets=100,metrics.kid_subset_size=500"
+    unplanted = f"{quality}data.name=digits,{kid}"
+    quality += f"{data},{kid}"
     memory += f"{data},memorisation.num_generated=0"
   stages = dict(
     shards=train,
@@ -81,6 +85,7 @@ def get_config(variant: str = "") -> ConfigDict:
   columns = {
     "KID of pixels": "quality:pixel_kid",
     "FID of pixels": "quality:pixel_fid",
+    "KID to the digits alone": "unplanted:pixel_kid",
     "planted picture": "memory:extracted",
     "copies": "memory:copies",
   }
@@ -101,5 +106,5 @@ def get_config(variant: str = "") -> ConfigDict:
   config.curve = ""
   config.bars = ("FID of pixels",)
   config.update(config_lib.in_order(stages=stages, rows=rows, columns=columns, pictures=pictures))
-  config.update(evaluations=dict(quality=quality, memory=memory), published={})
+  config.update(evaluations=dict(quality=quality, unplanted=unplanted, memory=memory), published={})
   return config_lib.finish(config, overrides)
