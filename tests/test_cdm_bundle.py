@@ -713,6 +713,50 @@ def test_a_head_on_the_backbone_weighs_its_adapters(trained, data, tmp_path):
     complete(cdm_classifier, tmp_path / "other", config)
 
 
+def test_prompts_on_a_backbone_that_was_trained_without(trained, data, tmp_path):
+  """Prompts are all that a shard holds on disk; the backbone is there once, and forgetting is exact with them too."""
+  other = Bundle(trained[0])
+  start = {
+    "init_from": str(other.path / other.manifest["shards"]["0+1"]["folder"] / "export"),
+    "adapter.name": "partial",
+    "adapter.trained": "^prompts$",
+    "model.prompt_length": 3,
+    "shards.num_slices": 2,
+    "train.num_epochs": 3,
+  }
+  path = tmp_path / "bundle"
+  complete(cdm_train, path, train_config(data, **start))
+  bundle = Bundle(path)
+  for name in bundle.names:
+    own = bundle.variables(name)
+    assert [list(own), list(own["params"])] == [["params"], ["prompts"]]
+    assert own["params"]["prompts"].shape == (1, 3, 3, 16)  # one set, for each of depth + 1 blocks
+    assert not (path / bundle.manifest["shards"][name]["folder"] / "export").exists()
+  one, two = (bundle.variables(name)["params"]["prompts"] for name in bundle.names)
+  assert np.abs(np.asarray(one) - np.asarray(two)).max() > 1e-4
+  complete(cdm_compose, tmp_path / "images", compose_config(path, **{"mixture.impl": "vmap"}))
+  position = int(bundle.data(0).of("2+3")[-1])
+  forget(bundle, tmp_path, positions=str(position))
+  assert verify(Bundle(path), tmp_path, replay="all")["faults"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.computes
+def test_forgetting_is_exact_in_optimised_programs(data, tmp_path):
+  """As users run it: other tests compile for less."""
+  small = {"shards.num_slices": 2, "train.num_epochs": 3, "cdm.only": "0+1"}
+  for where in ("bundle", "scratch"):
+    rows = [2, 5] if where == "scratch" else []
+    shorter = without(data, rows, tmp_path / f"{where}.npz")
+    folder = shorter.with_suffix("")
+    folder.mkdir()
+    complete(cdm_train, tmp_path / where / "run", train_config(shorter.rename(folder / "train.npz"), **small))
+  bundle = Bundle(tmp_path / "bundle/run")
+  assert set(bundle.data(0).shard[[2, 5]]) <= {0, 1} and 0 in bundle.data(0).shard[[2, 5]]
+  forget(bundle, tmp_path, positions="2,5")
+  assert parameters(Bundle(bundle.path)) == parameters(Bundle(tmp_path / "scratch/run")) != parameters(bundle)
+
+
 @pytest.mark.parametrize(
   "overrides, evaluations",
   [

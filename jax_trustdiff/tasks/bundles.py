@@ -8,7 +8,7 @@
               images.json                    its images by slice, salted
               stages/<r>.safetensors         the whole training state after stage r, from which training can go on exactly
               export/                        the shard as a diffusion model of its own, averaged parameters
-              adapter.safetensors            where shards are adapters: the shard without the backbone
+              adapter.safetensors            where shards are adapters, in its place: the shard without the backbone
               metrics.jsonl  config.json     how it was trained
             artefacts/<name>-<n>/            what was made of several shards, such as a classifier of shards
 

@@ -145,15 +145,13 @@ class Training:
       return loop.fit(current, parts.step, feed, plan, workdir, checkpoints, train.batch_size)
 
   def _export(self, path: pathlib.Path, model: Model, current: state.TrainState) -> None:
-    variables, network = parallel.gather_to_host(current.ema_variables), model.network
+    variables = parallel.gather_to_host(current.ema_variables)
     if self.bundle.is_adapted:
       safetensors_io.save(path / ADAPTER, {k: v for k, v in variables.items() if k != BACKBONE})
-      variables, network = jax.tree.map(np.asarray, network.merged(variables)), network.backbone
-    section = denoisers.model_section(self.config.model, network)
-    names = self.bundle.manifest["origins"][self.origin]["class_names"]
-    denoisers.save_denoiser(
-      path / "export", section, self.config.diffusion.preconditioning, variables, {"class_names": names}
-    )
+    else:
+      section = denoisers.model_section(self.config.model, model.network)
+      about = {"class_names": self.bundle.manifest["origins"][self.origin]["class_names"]}
+      denoisers.save_denoiser(path / "export", section, self.config.diffusion.preconditioning, variables, about)
     write_atomically(path / IMAGES, json.dumps(self.images) + "\n")
 
   def _entry(self, path: pathlib.Path, states: list[str]) -> dict[str, Any]:
