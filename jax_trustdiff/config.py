@@ -25,11 +25,15 @@ ConfigDict = ml_collections.ConfigDict
 
 # Which registry a section chooses from, and the arguments that do not come from the config but from the wiring.
 # Looked up only when a name is overridden.
+_OF_NETWORKS = (
+  "jax_trustdiff.models.registry:NETWORKS",
+  ("num_classes", "image_shape", "num_augment_labels", "backbone"),
+)
 SECTIONS = {
-  "model": (
-    "jax_trustdiff.models.registry:NETWORKS",
-    ("num_classes", "image_shape", "num_augment_labels", "backbone"),
-  ),
+  "model": _OF_NETWORKS,
+  "untrained.model": _OF_NETWORKS,
+  "untrained.preconditioning": ("jax_trustdiff.diffusion.denoisers:PRECONDITIONINGS", ()),
+  "untrained_codec.model": ("jax_trustdiff.models.registry:CODECS", ("image_shape",)),
   "adapter": ("jax_trustdiff.models.adapters:ADAPTERS", ("backbone",)),
   "diffusion.preconditioning": ("jax_trustdiff.diffusion.denoisers:PRECONDITIONINGS", ()),
   "diffusion.loss": ("jax_trustdiff.diffusion.losses:LOSSES", ()),

@@ -24,6 +24,26 @@ def test_recipes_are_locked_documented_and_survive_json(recipe):
   assert re.match(r'""".+\n', source) and f"--config=configs/{recipe}" in source
 
 
+def named_sections(section, path=""):
+  """The paths of the sections that have a name."""
+  for key in section:
+    if isinstance(section[key], config.ConfigDict):
+      yield from named_sections(section[key], f"{path}{key}.")
+      if "name" in section[key]:
+        yield f"{path}{key}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_command_line_knows_what_every_section_may_name(recipe):
+  """A name from there gives a section the keys of what it names; those of shards and benchmarks are no choice of a thing."""
+  found = config.load(f"configs/{recipe}").copy_and_resolve_references()
+  for path in named_sections(found):
+    if path in ("shards", "benchmark"):
+      continue
+    with pytest.raises(InputError, match="unknown name 'nothing of that name'"):
+      config.rename(found, {f"{path}.name": "nothing of that name"})
+
+
 def test_every_variant_of_a_recipe_builds_and_differs():
   recipe = config.find_recipe("configs/at_cifar.py")
   names = re.search(r"VARIANTS = \(([^)]*)\)", recipe.read_text())[1]
