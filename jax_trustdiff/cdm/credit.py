@@ -166,29 +166,42 @@ def denoising_posterior(
 ) -> Float[Array, "s b"]:
   """P(shard | x0) by denoising errors, without a classifier and without an ODE: n evaluations of every shard.
 
-  Kong et al. 2023 (arXiv:2302.03792, eq. 3): -log p(x) = (d/2) log(2 pi e) - 1/2 integral of (d / (1 + snr) - mmse(x, snr)) dsnr, so two
-  shards' log-densities differ by the integral of (mmse_j - mmse_i) / sigma^2 over log sigma. All shards are given the same noise,
-  one draw at each noise level. sigmas: increasing, evenly spaced in log sigma or not; their ends should lie where shards no longer
-  differ, or cannot be told apart any more.
+  By `log_densities_of_errors`. All shards are given the same noise, one draw at each noise level, so that its part of the errors, which is
+  theirs in common, cancels between them. sigmas: increasing; their ends should lie where shards no longer differ, or cannot be told
+  apart any more.
   """
-  return mixture_posterior(mixture, -denoising_energies(mixture, x0, keys, sigmas))
+  errors = denoising_errors(mixture, x0, keys, sigmas)
+  return mixture_posterior(mixture, log_densities_of_errors(errors, sigmas, math.prod(x0.shape[1:])))
 
 
-def denoising_energies(
+def log_densities_of_errors(
+  errors: Float[Array, "n *more"], sigmas: Float[Array, "n"], size: int
+) -> Float[Array, "*more"]:
+  """log p(x) in nats, by squared errors |D(x + sigma noise; sigma) - x|^2 at increasing noise levels; size: values of an image.
+
+  Kong et al. 2023 (arXiv:2302.03792, eq. 3): -log p(x) = (d/2) log(2 pi e) - 1/2 integral of (d / (1 + snr) - mmse(x, snr)) dsnr, with
+  snr = 1 / sigma^2, by the trapezoidal rule in log sigma. Exact for the mean of errors over noise, with many levels from where the density
+  no longer changes to where nothing of the data is seen; what lies outside of the levels is left out.
+  """
+  level = sigmas.reshape(-1, *(1,) * (errors.ndim - 1))
+  values = size / (jnp.square(level) + 1) - errors / jnp.square(level)
+  steps = jnp.diff(jnp.log(level), axis=0)
+  return (steps * (values[1:] + values[:-1]) / 2).sum(0) - size / 2 * math.log(2 * math.pi * math.e)
+
+
+def denoising_errors(
   mixture: Mixture, x0: Signed, keys: Key[Array, "b"], sigmas: Float[Array, "n"]
-) -> Float[Array, "s b"]:
-  """-log p^i(x0) of every shard up to what all have in common: see `denoising_posterior`."""
+) -> Float[Array, "n s b"]:
+  """Squared errors of every shard, with the same noise for all, a draw for each image and level."""
 
   def errors(number_and_sigma):
     number, sigma = number_and_sigma
     draw = lambda key: jax.random.normal(jax.random.fold_in(key, number), x0.shape[1:], x0.dtype)  # noqa: E731
     level = jnp.full(len(x0), sigma, x0.dtype)
     found = mixture.over_shards(lambda member, x: member(x, level), x0 + sigma * jax.vmap(draw)(keys))
-    return jnp.square(found - x0).sum((-3, -2, -1)) / jnp.square(sigma)
+    return jnp.square(found - x0).sum((-3, -2, -1))
 
-  values = jax.lax.map(errors, (jnp.arange(len(sigmas)), sigmas))
-  steps = jnp.diff(jnp.log(sigmas))[:, None, None]
-  return (steps * (values[1:] + values[:-1]) / 2).sum(0)
+  return jax.lax.map(errors, (jnp.arange(len(sigmas)), sigmas))
 
 
 def mixture_posterior(mixture: Mixture, log_densities: Float[Array, "s b"]) -> Float[Array, "s b"]:

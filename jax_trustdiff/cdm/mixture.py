@@ -205,7 +205,8 @@ class TopShards:
   """A DenoiseFn that evaluates the k shards of the largest mean weight over the batch, and mixes those: the cost of k networks.
 
   mixture: whose weights need no estimates (`Weights.needs_estimates`). The shards that are chosen depend on the whole batch, so an
-  image is not a function of its key alone (`coupled`); `weights.Largest` keeps the k largest of every image, and costs all.
+  image is not a function of its key alone (`coupled`); `weights.Largest` keeps the k largest of every image, and costs all. An image that
+  may have parts of none of the chosen, such as one of a class that they lack, is NaN.
   """
 
   mixture: Mixture

@@ -5,7 +5,6 @@ of a compiled function: shards are added, dropped and masked without compiling a
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,8 +14,6 @@ from jaxtyping import Array, Bool, Float
 
 from jax_trustdiff.pytrees import register_pytree, shapes_by_name
 from jax_trustdiff.types import DenoiseFn, InputError, PyTree
-
-MOST_IN_ORDER = 64  # shards
 
 
 @runtime_checkable
@@ -143,8 +140,11 @@ def log_normalised(logits: Float[Array, "s ..."]) -> Float[Array, "s ..."]:
 
 
 def sum_over_shards(values: Float[Array, "s ..."]) -> Float[Array, "..."]:
-  """One after the other, so that a 0 between two changes no bit; at once where there are more than `MOST_IN_ORDER`."""
-  return values.sum(0) if len(values) > MOST_IN_ORDER else functools.reduce(jnp.add, list(values))
+  """One after the other in a loop, so that a 0 between two changes no bit.
+
+  Written out as a + b + c the compiler may contract each sum with the product before it, and another one where there are more of them.
+  """
+  return jax.lax.scan(lambda total, value: (total + value, None), jnp.zeros_like(values[0]), values)[0]
 
 
 def per_image(value: jax.Array, x: jax.Array) -> jax.Array:

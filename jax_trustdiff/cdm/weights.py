@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jax_trustdiff.cdm.shards import inner, per_image
+from jax_trustdiff.cdm.shards import inner, per_image, sum_over_shards
 from jax_trustdiff.diffusion.solvers import Point
 from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.types import InputError, PyTree
@@ -252,7 +252,7 @@ class Nearest:
     return PreviousWeights(seen.weights, logits, state.step + 1)
 
   def _logits(self, sigma, estimates, log_prior, weights) -> Logits:
-    x0 = (per_image(weights, estimates[0]) * estimates).sum(0)
+    x0 = sum_over_shards(per_image(weights, estimates[0]) * estimates)
     found, centroids = self.features(x0), self.centroids
     if self.normalise:
       tiny = jnp.finfo(found.dtype).tiny  # features that are all 0 stay so
