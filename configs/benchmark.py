@@ -20,8 +20,8 @@ autoattack: standard AutoAttack (benchmark.graph: a classifier as an .npz graph;
 512 images, Linf 2/255, beside the package pyautoattack if the peer has it. Minutes.
 autoattack_gpu: a WRN-28-10 with fresh weights of which nothing breaks, 64 random images, attacked in bfloat16 with verdicts of
 float32, beside torch's in TF32: for an accelerator. Its robust accuracy means nothing, its time is that of the worst case.
-mixture: D of a mixture of eight U-ViT shards through vmap beside eight calls of one (vmap/ratio is to be at most 1.1), and of a
-shard drawn at random beside one call. A minute.
+mixture: D of a mixture of eight U-ViT shards through vmap, two or all at once, beside eight calls of one (the better ratio is to be at
+most 1.1), and of a shard drawn at random beside one call. Two minutes.
 smoke: seconds, with each of them: at_step, 'augment,smoke', 'autoattack,smoke', 'sampler,smoke', 'edm_train,smoke', 'mixture,smoke'.
 
 On a GPU both programs share its memory, of which jax takes three quarters when it starts unless told otherwise:
@@ -177,6 +177,7 @@ def _mixture():
     patch_size=2,
     dtype="float32",
     num_shards=8,
+    at_once=2,  # of them, through vmap, beside all
     batch_size=4,
     rounds=9,
     calls_per_round=1,

@@ -48,6 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
       every=1,
     ),
     top_k=0,  # the k largest weights of every image alone; 0: all
+    at_once=0,  # shards at once with 'vmap'; 0: all
     impl="map",  # 'map' for convolutional networks, 'vmap' for attention and adapters, 'shard_map' for several devices
   )
   config.guidance = dict(scale=1.0, sigma_min=0.0, sigma_max=1e9, order="mixture_first")

@@ -144,6 +144,18 @@ def test_order_one_shard_and_equal_shards(impl):
     np.testing.assert_allclose(found, jax.jit(sampler)(plain, noise), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5])
+def test_some_shards_at_once_are_all(at_once):
+  """Also where their number does not divide that of the shards, and with weights along a path."""
+  stacked = shards()
+  x, sigma = noisy(stacked, 64)
+  wanted, found = (exact(stacked, **more).look(x, sigma) for more in ({}, {"at_once": at_once}))
+  np.testing.assert_allclose(found.estimates, wanted.estimates, rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(found.found, wanted.found, rtol=1e-6, atol=1e-6)
+  with pytest.raises(InputError, match="a number of shards for impl 'vmap'"):
+    exact(stacked, impl="map", at_once=at_once)
+
+
 def unused(stacked, value=jnp.nan):
   """The stack with shard 1 full of NaN."""
   own = jax.tree.map(lambda leaf: leaf.at[1].set(value), stacked.own)

@@ -296,3 +296,16 @@ def test_a_path_is_a_path_whatever_is_in_it(runs, tmp_path):
     tmp_path / "with,comma/generated/seed-0/export_last"
   )
   assert not runs.done
+
+
+def test_bars_of_what_is_no_accuracy_are_no_percent(tmp_path, runs, monkeypatch):
+  drawn, draw = [], report.bars
+  monkeypatch.setattr(report, "bars", lambda *given, **more: drawn.append(more) or draw(*given, **more))
+  run(tmp_path / "run", bars=("best",), columns__best="train:best_step")
+  run(tmp_path / "other", bars=("best",))
+  assert [(one["percent"], one["ylabel"]) for one in drawn] == [(False, "best"), (True, "accuracy")]
+
+
+@pytest.mark.parametrize("value, digits", [(0.0, 3), (16.0, 3), (0.3, 3), (0.012, 3), (0.0012, 4), (1.3e-4, 5), (1e-9, 6)])
+def test_small_numbers_have_two_digits_of_their_own(value, digits):
+  assert sweep._digits(value) == digits

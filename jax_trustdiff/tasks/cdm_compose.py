@@ -94,7 +94,7 @@ def load_mixture(bundle: Bundle, config: Any) -> generate.Model:
 
   mixture.shards, access, user: see `shards_of`. weights: of WEIGHTS, where 'classifier' is the bundle's (cdm_classifier.py), 'nearest' goes by
   its centroids (cdm_centroids.py) and mixture.nearest, the fields of `weights.Nearest`, and 'fixed' takes mixture.proportions, one for
-  each shard; or of RANDOM, one shard drawn for every step. top_k: only the k largest weights of an image (0: all). impl: see `Mixture`; with 'shard_map' shards are shared
+  each shard; or of RANDOM, one shard drawn for every step. top_k: only the k largest weights of an image (0: all). impl, at_once: see `Mixture`; with 'shard_map' shards are shared
   out over as many devices as divide both their number and that of the devices. guidance.scale with order 'mixture_first' guides the mixture, with 'guidance_first' every shard.
   """
   section = config.mixture
@@ -155,7 +155,7 @@ def _assemble(
   if section.top_k:
     chosen = weights.Largest(chosen, section.top_k)
   labelled, unlabelled = (
-    Mixture(one, chosen, class_log_prior=class_log_prior, impl=section.impl) for one in (of_labelled, stack)
+    Mixture(one, chosen, class_log_prior=class_log_prior, impl=section.impl, at_once=section.at_once) for one in (of_labelled, stack)
   )
   if scale != 1 and not guided_shards:
     labelled = GuidedMixture(labelled, **guidance)

@@ -152,6 +152,11 @@ class _Plan:
     """Whether the values of a column may differ from seed to seed."""
     return any(self._has_seeds(term.partition(":")[0]) for term in _terms(self.columns[column]))
 
+  def is_accuracy(self, column: str) -> bool:
+    """Whether a column is a share of images that are seen aright, or a difference of such."""
+    ends = ("_accuracy", *(f":{verdict}" for verdict in VERDICTS))
+    return all(term.endswith(ends) for term in _terms(self.columns[column]))
+
   def _has_seeds(self, name: str) -> bool:
     """Whether a run of a row, its training or an evaluation, is one for every seed."""
     return name == TRAINING or "{row}" in self._config.evaluations[name]
@@ -287,14 +292,12 @@ def _table(rows: Sequence[str], plan: _Plan, metrics, published) -> tuple[list[s
 
   def cell(row, name):
     value, half = metrics[f"{row}/{name}"], metrics.get(f"{row}/{name}/interval")
-    if all(
-      term.endswith(("_accuracy", *(f":{verdict}" for verdict in VERDICTS)))
-      for term in _terms(plan.columns[name])
-    ):
+    if plan.is_accuracy(name):
       return f"{value:.1%}" + (f" ± {100 * half:.1f}" if half is not None else "")
     if half is None and value == round(value):  # a count
       return f"{value:,.0f}"
-    return f"{value:.3f}" + (f" ± {half:.3f}" if half is not None else "")
+    digits = _digits(value if half is None else half)
+    return f"{value:.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
 
   header = ["", *plan.columns] + (["published"] if published else [])
   lines = []
@@ -302,6 +305,11 @@ def _table(rows: Sequence[str], plan: _Plan, metrics, published) -> tuple[list[s
     last = [published.get(row, "")] if published else []
     lines.append([row.replace("_", " "), *(cell(row, name) for name in plan.columns), *last])
   return header, lines
+
+
+def _digits(value: float) -> int:
+  """Digits after the point that show two of a small number's own; from 3 to 6."""
+  return int(np.clip(1 - np.floor(np.log10(abs(value))), 3, 6)) if value else 3
 
 
 def _means(runs: Sequence[Mapping[float, float]]) -> tuple[list[float], list[float]]:
@@ -357,4 +365,7 @@ def _bars(config, plan: _Plan, metrics: Mapping[str, float], path: pathlib.Path)
     for column, mean in groups[name].items():
       if (half := metrics.get(f"{row}/{column}/interval")) is not None:
         intervals[name][column] = (mean - half, mean + half)
-  report.bars(groups, path, ylabel="accuracy", intervals=intervals)
+  percent = all(plan.is_accuracy(column) for column in config.bars)
+  report.bars(
+    groups, path, ylabel="accuracy" if percent else ", ".join(config.bars), intervals=intervals, percent=percent
+  )
