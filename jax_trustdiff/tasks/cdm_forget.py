@@ -13,7 +13,7 @@ from typing import Any
 from jax_trustdiff import config as config_lib
 from jax_trustdiff.cdm import manifest as manifest_lib
 from jax_trustdiff.evaluation import report
-from jax_trustdiff.tasks.bundles import Bundle, environment, folder_of, names_of, to_change
+from jax_trustdiff.tasks.bundles import Bundle, environment, folder_of, names_of, seal_of, to_change
 from jax_trustdiff.tasks.shard_training import Training
 from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir, locked, write_atomically
@@ -28,6 +28,11 @@ RISKS = (
   "the names of shards that were dropped, which stay in the manifest",
   "settings that were chosen by looking at results with the forgotten data",
 )
+
+
+def reads(config) -> str:
+  """A plan is one for the bundle as it is; a deletion that is done is done."""
+  return seal_of(config) if config.forget.plan else ""
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:

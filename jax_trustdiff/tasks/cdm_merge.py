@@ -3,6 +3,7 @@
 import shutil
 
 from jax_trustdiff import config as config_lib
+from jax_trustdiff.cdm import manifest as manifest_lib
 from jax_trustdiff.tasks import cdm_train
 from jax_trustdiff.tasks.bundles import Bundle, file_digests, names_of, to_change
 from jax_trustdiff.training.progress import say
@@ -10,6 +11,12 @@ from jax_trustdiff.training.workdir import Workdir, locked
 from jax_trustdiff.types import InputError
 
 OF_ALL = ("training", "origins", "salt_sha256", "backbone")  # of the manifest: what must be the same
+
+
+def reads(config) -> str:
+  """The bundles that are merged into another, as they are."""
+  seals = [Bundle(one).manifest[manifest_lib.SEAL] for one in names_of(config.merge.others)]
+  return manifest_lib.digest(seals)
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
