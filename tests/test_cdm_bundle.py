@@ -257,8 +257,8 @@ def test_what_came_to_the_data_set_later_is_in_no_artefact(bundle, data, tmp_pat
   more = tmp_path / "train.npz"
   np.savez(
     more,
-    image=np.concatenate([255 - arrays["image"][:40], arrays["image"]]),
-    label=np.concatenate([arrays["label"][:40], arrays["label"]]),
+    image=np.concatenate([255 - arrays["image"][:40], arrays["image"], arrays["image"][:9]]),  # new ones, and copies
+    label=np.concatenate([arrays["label"][:40], arrays["label"], arrays["label"][:9]]),
   )
   before = {name: np.sort(bundle.source(name).take(np.arange(5))["image"].ravel()) for name in bundle.names}
   bundle.manifest["origins"][0]["data"]["path"] = str(more)

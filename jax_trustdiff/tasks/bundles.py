@@ -16,6 +16,7 @@ A version is there for the manifest or not at all: it is made in a folder that t
 folders that it does not name are removed. Whoever changes a bundle holds its lock (`training.workdir.locked`).
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -239,18 +240,24 @@ class Bundle:
   def trained_rows(self, name: str, without: Collection[str] = ()) -> np.ndarray:
     """Positions in its data set of the images that a shard was trained on, less those of `without`, salted.
 
-    What came to the data set since is not among them. InputError where one of them is no longer in the data set.
+    What came to the data set since is not among them, nor are more copies of what they hold. InputError where one of them is no longer in the data set.
     """
     about = self.manifest["shards"][name]
-    kept = {image for of_slice in self.images(name) for image in of_slice} - set(without)
-    data = self.data(about["origin"])
-    salted = {row: self.salted(data.contents[row]) for row in data.of(name)}
-    if missing := len(kept - set(salted.values())):
+    left = collections.Counter(image for of_slice in self.images(name) for image in of_slice)
+    for image in without:
+      left.pop(image, None)
+    data, rows = self.data(about["origin"]), []
+    for row in data.of(name):
+      image = self.salted(data.contents[row])
+      if left[image]:
+        left[image] -= 1
+        rows.append(row)
+    if missing := left.total():
       raise InputError(
         f"{missing} images that shard {name} was trained on are no longer in its data set: forget them as well "
         "(forget.file), or bring them back"
       )
-    return np.array([row for row, image in salted.items() if image in kept], np.int64)
+    return np.array(rows, np.int64)
 
   def source(self, name: str) -> ImageSource:
     """The images that a shard was trained on (`trained_rows`)."""
