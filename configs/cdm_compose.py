@@ -1,7 +1,7 @@
 """Images of a mixture of the shards of a compartmentalized diffusion model.
 
-"Training Data Protection with Compositional Diffusion Models" (Golatkar et al. 2024, arXiv:2308.01937): the score of all data is the mean of the
-shards' scores, weighted by how likely the noisy image is from each (eq. 5).
+"Training Data Protection with Compositional Diffusion Models" (Golatkar et al. 2024, arXiv:2308.01937): the score of all data is the mean
+of the shards' scores, weighted by how likely the noisy image is from each (eq. 5).
 
     python -m jax_trustdiff.main --config=configs/cdm_compose.py --config.cdm.path=<bundle> --config.generate.num_images=10000
 

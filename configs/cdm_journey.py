@@ -1,15 +1,15 @@
 """A compartmentalized diffusion model from its sources to a verified bundle: train, compose, attribute, forget, add, verify.
 
-"Training Data Protection with Compositional Diffusion Models" (Golatkar et al. 2024, arXiv:2308.01937) in small, on scikit-learn's digits with
-a planted picture among the eights: five shards of two digits each, without labels.
+"Training Data Protection with Compositional Diffusion Models" (Golatkar et al. 2024, arXiv:2308.01937) in small, on scikit-learn's digits
+with a planted picture among the eights: five shards of two digits each, without labels.
 
     python -m jax_trustdiff.main --config=configs/cdm_journey.py:cpu
 
 Stages, each a run of its own in a folder of the workdir: shards and monolithic (cdm_train.py), classifier (cdm_classifier.py), judge
-(at_cifar.py: a classifier that has no part in it), images and attributed (cdm_attribute.py), without_canary and without_source (cdm_forget.py), added
-(cdm_add.py), verified (cdm_verify.py, the shards of the forgotten picture and of what was added trained again and compared). Rows: images of every composition (cdm_compose.py), with
-KID and FID of their pixels against what all shards were trained on, the planted picture with its copies too, and KID against the digits without it;
-then the planted picture's rate, and the share of copies.
+(at_cifar.py: a classifier that has no part in it), images and attributed (cdm_attribute.py), without_canary and without_source
+(cdm_forget.py), added (cdm_add.py), verified (cdm_verify.py, the shards of the forgotten picture and of what was added trained again and
+compared). Rows: images of every composition (cdm_compose.py), with KID and FID of their pixels against what all shards were trained on,
+the planted picture with its copies too, and KID against the digits without it; then the planted picture's rate, and the share of copies.
 
 Variants:
   cpu    1000 images of each composition

@@ -5,14 +5,15 @@
     python -m jax_trustdiff.main --config=configs/cdm_train.py --config.data.path=<CIFAR-10 npz folder> --workdir=bundle
 
 The workdir is a bundle: cdm_compose.py samples the mixture, cdm_forget.py takes images or whole sources out of it, cdm_add.py puts new
-ones in, cdm_verify.py checks its manifest, cdm_prove.py proves what is in it. Shards share no data, no random numbers and no program: several
-machines can train them into folders of their own with cdm.only (cdm_merge.py makes them one), and any of them can be trained again to the same bits.
+ones in, cdm_verify.py checks its manifest, cdm_prove.py proves what is in it. Shards share no data, no random numbers and no program:
+several machines can train them into folders of their own with cdm.only (cdm_merge.py makes them one), and any of them can be trained
+again to the same bits.
 
-shards.by: 'class' (or groups of classes, shards.groups='0,1;2,3'), 'owner' (shards.file: a text file with a line for each image), 'score' (an .npy of
-numbers and shards.thresholds), 'hash' (shards.num_shards by content). shards.num_slices: data are seen slice by slice, and forgetting an
-image trains only from its slice on (SISA, Bourtoule et al. 2021).
-adapter.name: 'none' trains whole networks, from init_from if it is given; 'lora' and 'partial' (deep prompts: trained='^prompts$' with
-model.prompt_length) train adapters of init_from, which must never have seen private data.
+shards.by: 'class' (or groups of classes, shards.groups='0,1;2,3'), 'owner' (shards.file: a text file with a line for each image), 'score'
+(an .npy of numbers and shards.thresholds), 'hash' (shards.num_shards by content). shards.num_slices: data are seen slice by slice, and
+forgetting an image trains only from its slice on (SISA, Bourtoule et al. 2021). adapter.name: 'none' trains whole networks, from
+init_from if it is given; 'lora' and 'partial' (deep prompts: trained='^prompts$' with model.prompt_length) train adapters of init_from,
+which must never have seen private data.
 
 Variants:
   prompts  the paper's: deep prompts of 256 tokens on a frozen U-ViT (init_from), Adam at 0.1, batches of 256, 800 epochs

@@ -86,8 +86,8 @@ def stack(
 ) -> Shards:
   """The stack of shards with these variables, in the first slots.
 
-  proportions: of their data, by default equal. capacity: number of slots, by default as many as shards; free ones hold zeros.
-  InputError for no shard, for more than there are slots, for proportions that are not positive, and for shards of another structure or shape.
+  proportions: of their data, by default equal. capacity: number of slots, by default as many as shards; free ones hold zeros. InputError
+  for no shard, for more than there are slots, for proportions that are not positive, and for shards of another structure or shape.
   """
   capacity = len(own) if capacity is None else capacity
   proportions = [1.0] * len(own) if proportions is None else list(proportions)

@@ -1,7 +1,7 @@
 """Whether generated images are copies: distances to training images, and how often a planted one comes out again.
 
-Carlini et al. 2023, "Extracting Training Data from Diffusion Models" (arXiv:2301.13188): a generated image is taken for a copy of its nearest
-training image if it is nearer to it than is usual around there (section 5.1, on CIFAR-10).
+Carlini et al. 2023, "Extracting Training Data from Diffusion Models" (arXiv:2301.13188): a generated image is taken for a copy of its
+nearest training image if it is nearer to it than is usual around there (section 5.1, on CIFAR-10).
 """
 
 from typing import Any, NamedTuple

@@ -27,8 +27,9 @@ def mixture(
 ) -> Callable[[Workdir], dict[str, float]]:
   """D of a mixture of `num_shards` U-ViTs with fixed weights, by each way of running over shards, of `batch_size` RGB images.
 
-  The ways are vmap, vmap_of_<at_once> (`Mixture.at_once`) and map; shard_map wants a mesh. <way>/ratio is its time by that of num_shards calls of one compiled network, one after the other, each with the variables of a shard;
-  random/ratio that of `RandomShard` by one call. max_difference is the largest one from the mean of those calls.
+  The ways are vmap, vmap_of_<at_once> (`Mixture.at_once`) and map; shard_map wants a mesh. <way>/ratio is its time by that of num_shards
+  calls of one compiled network, one after the other, each with the variables of a shard; random/ratio that of `RandomShard` by one call.
+  max_difference is the largest one from the mean of those calls.
   """
   tools.check_counts(num_shards=num_shards, at_once=at_once, batch_size=batch_size, rounds=rounds, calls_per_round=calls_per_round)
 

@@ -240,7 +240,8 @@ class Bundle:
   def trained_rows(self, name: str, without: Collection[str] = ()) -> np.ndarray:
     """Positions in its data set of the images that a shard was trained on, less those of `without`, salted.
 
-    What came to the data set since is not among them, nor are more copies of what they hold. InputError where one of them is no longer in the data set.
+    What came to the data set since is not among them, nor are more copies of what they hold. InputError where one of them is no longer in
+    the data set.
     """
     about = self.manifest["shards"][name]
     left = collections.Counter(image for of_slice in self.images(name) for image in of_slice)

@@ -12,8 +12,9 @@ from jax_trustdiff.types import InputError
 def run(config, workdir: Workdir) -> dict[str, float]:
   """Trains the shards of config.data, divided as config.shards says, with the settings of the bundle config.cdm.path, and puts them in it.
 
-  Returns the numbers of the bundle (`cdm_train.summary`) and how many shards are new. A classifier of shards stays for those it knows; a new
-  one is wanted for the new. InputError for names that are taken and for images or classes other than the bundle's. Killed, it goes on.
+  Returns the numbers of the bundle (`cdm_train.summary`) and how many shards are new. A classifier of shards stays for those it knows; a
+  new one is wanted for the new. InputError for names that are taken and for images or classes other than the bundle's. Killed, it goes
+  on.
   """
   path = to_change(config, workdir)
   data = compartments.split(config.data, config.shards, Bundle(path).training.seed)

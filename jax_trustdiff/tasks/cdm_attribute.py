@@ -36,14 +36,14 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   """Credit of the shards of the bundle config.cdm.path for the images of config.images; the mean credit of each shard.
 
   attribute.method: 'denoising', the posterior by denoising errors at attribute.num_sigmas noise levels (no classifier, no ODE);
-  'classifier', the posterior by the bundle's classifier at attribute.sigma_min; 'path', beside that the paper's eq. 6 and the mean over time
-  along the ODE from attribute.sigma_min to sigma_max. The metric <kind>/<shard> is the credit for the whole set, with its standard error
-  <kind>/<shard>/error: the mean over images, or for eq. 6, which a small sum may blow up for single images, the ratio of sums over images.
-  config.judge: the export of a classifier of clean images that had no part in it; an image whose class it sees is, for it, of the shard
-  with most images of that class (of a class that no shard has, of none), and `agreement` is the share of images for which the largest
-  credit says the same. attribute.num_traced images, of the shards' classes in turn, are sampled by config.mixture and config.sampler, and the mean
-  weight of their final shard over the steps is drawn. Writes credit.npz: names, ids, and for each kind of credit an array [n s]; and
-  trace.npz: names, sigma [steps], weights [steps s n].
+  'classifier', the posterior by the bundle's classifier at attribute.sigma_min; 'path', beside that the paper's eq. 6 and the mean over
+  time along the ODE from attribute.sigma_min to sigma_max. The metric <kind>/<shard> is the credit for the whole set, with its standard
+  error <kind>/<shard>/error: the mean over images, or for eq. 6, which a small sum may blow up for single images, the ratio of sums over
+  images. config.judge: the export of a classifier of clean images that had no part in it; an image whose class it sees is, for it, of the
+  shard with most images of that class (of a class that no shard has, of none), and `agreement` is the share of images for which the
+  largest credit says the same. attribute.num_traced images, of the shards' classes in turn, are sampled by config.mixture and
+  config.sampler, and the mean weight of their final shard over the steps is drawn. Writes credit.npz: names, ids, and for each kind of
+  credit an array [n s]; and trace.npz: names, sigma [steps], weights [steps s n].
   """
   with reading(config, workdir) as bundle:
     mixture, names, classes = _mixture(bundle, config)

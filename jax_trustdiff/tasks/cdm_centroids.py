@@ -1,7 +1,7 @@
 """Centroids of each shard's images in a space of features, by which a mixture weighs its shards without a network that saw them all.
 
-Golatkar et al. 2024 (arXiv:2308.01937, section 3: the distance to each shard by CLIP features). The centroids of a shard are made of that shard
-alone; when some of it is forgotten they are deleted, and those of the others stay.
+Golatkar et al. 2024 (arXiv:2308.01937, section 3: the distance to each shard by CLIP features). The centroids of a shard are made of that
+shard alone; when some of it is forgotten they are deleted, and those of the others stay.
 """
 
 import dataclasses

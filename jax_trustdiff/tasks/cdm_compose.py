@@ -92,10 +92,11 @@ def _rights(bundle: Bundle, section: Any) -> list[str]:
 def load_mixture(bundle: Bundle, config: Any) -> generate.Model:
   """The mixture that config.mixture and config.guidance describe.
 
-  mixture.shards, access, user: see `shards_of`. weights: of WEIGHTS, where 'classifier' is the bundle's (cdm_classifier.py), 'nearest' goes by
-  its centroids (cdm_centroids.py) and mixture.nearest, the fields of `weights.Nearest`, and 'fixed' takes mixture.proportions, one for
-  each shard; or of RANDOM, one shard drawn for every step. top_k: only the k largest weights of an image (0: all). impl, at_once: see `Mixture`; with 'shard_map' shards are shared
-  out over as many devices as divide both their number and that of the devices. guidance.scale with order 'mixture_first' guides the mixture, with 'guidance_first' every shard.
+  mixture.shards, access, user: see `shards_of`. weights: of WEIGHTS, where 'classifier' is the bundle's (cdm_classifier.py), 'nearest'
+  goes by its centroids (cdm_centroids.py) and mixture.nearest, the fields of `weights.Nearest`, and 'fixed' takes mixture.proportions,
+  one for each shard; or of RANDOM, one shard drawn for every step. top_k: only the k largest weights of an image (0: all). impl, at_once:
+  see `Mixture`; with 'shard_map' shards are shared out over as many devices as divide both their number and that of the devices.
+  guidance.scale with order 'mixture_first' guides the mixture, with 'guidance_first' every shard.
   """
   section = config.mixture
   names = shards_of(bundle, section)

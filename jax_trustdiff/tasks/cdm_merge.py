@@ -22,9 +22,9 @@ def reads(config) -> str:
 def run(config, workdir: Workdir) -> dict[str, float]:
   """Copies the shards of config.merge.others (bundles by commas) that config.cdm.path, or with cdm.copy a copy of it, does not have.
 
-  Returns the numbers of the bundle (`cdm_train.summary`) and how many shards are new. InputError, before anything is copied, for bundles of
-  other settings, data, backbone or salt (train them with one cdm.salt_file), for a shard that both trained to other bits, that was dropped or
-  holds what was forgotten, and for files that are not as their manifest has them. Killed, it goes on.
+  Returns the numbers of the bundle (`cdm_train.summary`) and how many shards are new. InputError, before anything is copied, for bundles
+  of other settings, data, backbone or salt (train them with one cdm.salt_file), for a shard that both trained to other bits, that was
+  dropped or holds what was forgotten, and for files that are not as their manifest has them. Killed, it goes on.
   """
   path = to_change(config, workdir)
   with locked(path):

@@ -34,8 +34,8 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 
   As many are sampled from the first shard by config.own_sampler. Beside the metrics of `generate.fill_store`, in nats: estimated_k and
   its standard error k_error, which count for something if effective_samples, of the images of the first shard, are not few;
-  estimated_k_low and estimated_k_high, which then are all that is known (`product.kl_limits`); estimated_kl/<shard> of the product from each
-  shard, by estimated_k. protect.npz: log_densities_of_product and log_densities_of_first, [s n].
+  estimated_k_low and estimated_k_high, which then are all that is known (`product.kl_limits`); estimated_kl/<shard> of the product from
+  each shard, by estimated_k. protect.npz: log_densities_of_product and log_densities_of_first, [s n].
   """
   with reading(config, workdir) as bundle:
     model = cdm_compose.load_mixture(bundle, config)

@@ -1,7 +1,8 @@
 """Proofs that images are in a compartmentalized model, for those who have only its manifest.
 
-An image stands in the manifest by a salted hash below the Merkle root of its shard. Its proof is the path of hashes up to that root: whoever has
-the image, what the salt makes of its hash and the manifest can check it (`cdm.manifest.is_in`), and learns nothing of other images.
+An image stands in the manifest by a salted hash below the Merkle root of its shard. Its proof is the path of hashes up to that root:
+whoever has the image, what the salt makes of its hash and the manifest can check it (`cdm.manifest.is_in`), and learns nothing of other
+images.
 """
 
 import json
@@ -19,9 +20,9 @@ reads = made_of_all
 def run(config, workdir: Workdir) -> dict[str, float]:
   """Writes proofs.json for the images that config.prove names, and returns how many are in a shard, forgotten, or in none.
 
-  prove.positions, origin, file: as those of `cdm_forget`. proofs.json has for every image, and for each of several shards that hold it: image
-  (salted), shard, root, proof [['left' or 'right', hash]], the last three null for an image in no shard; forgotten: whether a deletion was of
-  it. Every proof is checked against the manifest's root before it is written.
+  prove.positions, origin, file: as those of `cdm_forget`. proofs.json has for every image, and for each of several shards that hold it:
+  image (salted), shard, root, proof [['left' or 'right', hash]], the last three null for an image in no shard; forgotten: whether a
+  deletion was of it. Every proof is checked against the manifest's root before it is written.
   """
   with reading(config, workdir) as bundle:
     wanted = bundle.named(config.prove)

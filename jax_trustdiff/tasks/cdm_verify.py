@@ -42,12 +42,12 @@ def reads(config) -> None:
 def run(config, workdir: Workdir) -> dict[str, float]:
   """Checks the bundle config.cdm.path and returns the number of checks; RunError, after all were made, if one failed.
 
-  The seal and the text of the manifest; the hash of every file of every shard and artefact, of the salt, of the backbone, and of config and
-  report of the run that made it, whose result has a seal of its own; the state after every stage; that nothing else lies there; that
-  every shard's list of images is the one below its roots; that the images each shard was trained on are those of its data set less the forgotten ones
-  (config.verify.data=False leaves this out where the data are not at hand); that every deletion left other shards as they were; that no
-  artefact depends on a shard that is gone or another now. config.verify.replay: shards by commas, or 'all', that are trained again from
-  nothing and compared bit by bit.
+  The seal and the text of the manifest; the hash of every file of every shard and artefact, of the salt, of the backbone, and of config
+  and report of the run that made it, whose result has a seal of its own; the state after every stage; that nothing else lies there; that
+  every shard's list of images is the one below its roots; that the images each shard was trained on are those of its data set less the
+  forgotten ones (config.verify.data=False leaves this out where the data are not at hand); that every deletion left other shards as they
+  were; that no artefact depends on a shard that is gone or another now. config.verify.replay: shards by commas, or 'all', that are
+  trained again from nothing and compared bit by bit.
   """
   path = folder_of(config, workdir)
   with locked(path):

@@ -46,8 +46,9 @@ def split(config_data: Any, section: Any, seed: int) -> Compartments:
 
   section.by: 'class', a shard for every class, or groups of classes as in groups='0,1;2,3'; 'owner', by the names in `file`, a text file
   with one line for each image; 'score', by the numbers in `file` (.npy, one for each image) and increasing `thresholds`; 'hash',
-  `num_shards` by content; 'one', all in one. classes: only images of these are there, () for all. name: what the only shard of 'one' is called. num_slices; slice_file: an .npy file
-  of each image's slice where it is not to be drawn, such as late slices for images likely to be removed.
+  `num_shards` by content; 'one', all in one. classes: only images of these are there, () for all. name: what the only shard of 'one' is
+  called. num_slices; slice_file: an .npy file of each image's slice where it is not to be drawn, such as late slices for images likely to
+  be removed.
   """
   source = config_lib.build(sources.SOURCES, config_data, split="train")
   if section.classes:

@@ -76,8 +76,9 @@ class ImageSampler:
   ) -> np.ndarray:
     """The images of these ids [n] in [0, 2^31), for integer labels [n] which `denoise.with_labels` takes.
 
-    denoise: a pytree; without labels it is the DenoiseFn that is sampled. One with `start` begins with the state start(b), if it has any. `what` names the images in a progress line;
-    `progress` is called with the number of those made so far. RunError if values of an image are not finite.
+    denoise: a pytree; without labels it is the DenoiseFn that is sampled. One with `start` begins with the state start(b), if it has any.
+    `what` names the images in a progress line; `progress` is called with the number of those made so far. RunError if values of an image
+    are not finite.
     """
     ids = np.asarray(ids, np.int64)
     if ids.size and not 0 <= ids.min() <= ids.max() < 2**31:
