@@ -274,6 +274,22 @@ def test_every_sweep_in_small_can_be_planned(tmp_path, recipe):
     assert config_lib.difference(trained[config.baseline], trained[row]), row
 
 
+@pytest.mark.parametrize("variant", ["cpu", "smoke"])
+def test_a_journey_of_compartments_reads_the_bundles_that_its_stages_make(tmp_path, variant):
+  config = config_lib.load(f"configs/cdm_journey.py:{variant}")
+  plan = sweep._Plan(config, Workdir(tmp_path / "run", config))
+  made = set()
+  for name, part in plan.stages.items():
+    stage = part.load()
+    if stage.get("cdm", {}).get("path"):
+      assert stage.cdm.path in made, name
+    if stage.task == "cdm_train" or stage.get("cdm", {}).get("copy"):
+      made.add(str(tmp_path / "run" / name / ("bundle" if stage.cdm.get("copy") else "")).rstrip("/"))
+  assert len(made) == 5
+  for row in plan.rows:
+    assert plan.parts(row, 0)[sweep.TRAINING].load().cdm.path in made, row
+
+
 def test_the_images_of_a_model_without_classes_are_asked_for_without_labels(tmp_path):
   config = config_lib.load("configs/sweeps/better_diffusion.py:sampling_steps")
   plan = sweep._Plan(config, Workdir(tmp_path / "run", config))
