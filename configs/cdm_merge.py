@@ -4,7 +4,7 @@
     python -m jax_trustdiff.main --config=configs/cdm_train.py --config.cdm.only=dogs --config.cdm.salt_file=salt.txt --workdir=two
     python -m jax_trustdiff.main --config=configs/cdm_merge.py --config.cdm.path=one --config.merge.others=two
 
-salt.txt is one line of 64 hexadecimal digits that nobody else has, such as `openssl rand -hex 32` prints.
+All have the same settings and name their data by the same paths. salt.txt is one line of 64 hexadecimal digits that nobody else has, such as `openssl rand -hex 32` prints.
 """
 
 from ml_collections import ConfigDict

@@ -151,10 +151,21 @@ def test_shards_of_one_bundle_are_trained_by_several_runs(trained, data, tmp_pat
     complete(cdm_train, tmp_path / "bundle", train_config(data, **{"cdm.only": name}))
   bundle = Bundle(tmp_path / "bundle")
   assert parameters(bundle) == parameters(Bundle(trained[0])) and verify(bundle, tmp_path)["faults"] == 0
-  for other in ({"schedule.learning_rate": 0.5}, {"shards.num_slices": 1}):
+  start = str(bundle.path / bundle.manifest["shards"]["0+1"]["folder"] / "export")
+  for other in ({"schedule.learning_rate": 0.5}, {"shards.num_slices": 1}, {"init_from": start}):
     with pytest.raises(InputError, match="holds a bundle of another training"):
       complete(cdm_train, tmp_path / "bundle", train_config(data, **other))
   assert verify(bundle, tmp_path)["faults"] == 0
+
+
+def test_a_bundle_whose_second_run_was_cut_off_is_whole(bundle, data, tmp_path, monkeypatch):
+  """Its config is that of the run that is not done; the report of before is gone."""
+  complete(cdm_train, bundle.path, train_config(data))
+  monkeypatch.setattr(shard_training.Training, "run", lambda self: 1 / 0)
+  monkeypatch.setattr(cdm_train, "_report", lambda *_: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    complete(cdm_train, bundle.path, train_config(data, **{"cdm.only": "0+1"}))
+  assert verify(Bundle(bundle.path), tmp_path)["faults"] == 0 and not (bundle.path / "report").exists()
 
 
 SALT = "a1" * 32
@@ -181,12 +192,30 @@ def test_bundles_of_several_machines_become_one(trained, data, tmp_path):
   assert merge(whole, tmp_path, "again", both[1])["merged_shards"] == 0
   with pytest.raises(InputError, match="has a salt of its own"):
     merge(whole, tmp_path, "salt", Bundle(trained[0]))
+  with pytest.raises(InputError, match="into itself"):
+    merge(whole, tmp_path, "itself", whole)
   lost = both[1].path / both[1].manifest["shards"]["2+3"]["folder"] / "stages/0.safetensors"
   forget(whole, tmp_path, shards="2+3")
   with pytest.raises(InputError, match="dropped shard '2.3'"):
     merge(Bundle(whole.path), tmp_path, "dropped", both[1])
   third = tmp_path / "third"
   complete(cdm_train, third, train_config(data, **{"cdm.only": "0+1", "cdm.salt_file": str(salt)}))
+  half = third / both[1].manifest["shards"]["2+3"]["folder"]
+  (half / "checkpoints-0").mkdir(parents=True)  # of a training that was cut off
+  shutil.copytree(third, tmp_path / "fourth")
+  assert merge(Bundle(tmp_path / "fourth"), tmp_path, "fourth-merge", both[1])["merged_shards"] == 1
+  assert verify(Bundle(tmp_path / "fourth"), tmp_path, "fourth-verify")["faults"] == 0
+  shutil.copytree(both[1].path, tmp_path / "deleted")
+  deleted = Bundle(tmp_path / "deleted")
+  forget(deleted, tmp_path, "delete", positions=str(int(deleted.data(0).of("2+3")[0])))
+  with pytest.raises(InputError, match="has forgotten what .* has not"):
+    merge(Bundle(third), tmp_path, "forgotten", Bundle(deleted.path))
+  with pytest.raises(InputError, match="two of these bundles have a shard '2.3', of other bits"):
+    changed = Bundle(tmp_path / "deleted")
+    changed.manifest["forgotten"] = []
+    changed.save()
+    merge(Bundle(third), tmp_path, "others", both[1], changed)
+  shutil.rmtree(half)
   lost.write_bytes(lost.read_bytes() + b"x")
   with pytest.raises(InputError, match="was changed: verify"):
     merge(Bundle(third), tmp_path, "damaged", both[1])
@@ -238,6 +267,10 @@ def test_a_user_has_parts_of_the_shards_of_its_rights(trained, tmp_path):
   complete(cdm_compose, tmp_path / "alone", compose_config(trained[0], **{"mixture.shards": "2+3"}))
   one, other = (images_of(tmp_path / run).take(range(32))["image"] for run in ("ann", "alone"))
   np.testing.assert_array_equal(one, other)
+  rights.write_text(json.dumps({"ann": ["2+3"], "bob": ["0+1", "2+3"], "cid": [], "dan": ["4"], "fay": [["2+3"]]}))
+  with pytest.raises(InputError, match="is to hold"):
+    complete(cdm_compose, tmp_path / "refused", config(user="ann"))
+  rights.write_text(json.dumps({"ann": ["2+3"], "bob": ["0+1", "2+3"], "cid": [], "dan": ["4"]}))
   for section, message in (
     ({"user": "eve"}, "'eve' has no rights in .*; there are those of ann, bob, cid, dan"),
     ({"user": "cid"}, "parts of no shard"),
@@ -291,11 +324,14 @@ def test_a_plan_of_a_deletion_is_what_it_takes(classified, tmp_path, image_of_la
 
 
 @pytest.mark.parametrize("task", ["compose", "attribute", "protect", "forget", "verify", "add", "centroids", "classifier", "prove", "merge"])
-def test_no_run_has_its_folder_in_a_bundle(trained, task):
+def test_no_run_has_its_folder_in_a_bundle(trained, tmp_path, task):
   config = config_lib.load(f"configs/cdm_{task}.py:smoke", {"cdm.path": str(trained[0])})
   before = sorted(trained[0].rglob("*"))
-  with pytest.raises(InputError, match="lies in the bundle"):
-    complete(importlib.import_module(f"jax_trustdiff.tasks.cdm_{task}"), trained[0] / "shards/run", config)
+  link = tmp_path / "link"
+  link.symlink_to(trained[0])
+  for place in (trained[0], link):
+    with pytest.raises(InputError, match="lies in the bundle"):
+      complete(importlib.import_module(f"jax_trustdiff.tasks.cdm_{task}"), place / "shards/run", config)
   assert sorted(trained[0].rglob("*")) == before
 
 
@@ -305,6 +341,26 @@ def test_a_bundle_that_changes_while_it_is_read(bundle, tmp_path):
     with bundles.reading(config, Workdir(tmp_path / "run", config)) as found:
       forget(bundle, tmp_path, shards="2+3")
       found.stack()
+  other = Bundle(tmp_path / "bundle")
+  with pytest.raises(InputError, match="was changed while it was read"):
+    with bundles.reading(config, Workdir(tmp_path / "run", config)):  # and found nothing missing
+      other.manifest["origins"][0]["class_names"] = ["other"]
+      other.save()
+
+
+def test_verification_makes_every_check_whatever_is_damaged(bundle, tmp_path):
+  """A list of images and the salt are what other checks stand on: their faults, and those of the rest, are all in the report."""
+  assert verify(bundle, tmp_path, replay="0+1")["faults"] == 0
+  shard = bundle.path / bundle.manifest["shards"]["0+1"]["folder"]
+  (shard / "images.json").write_text("[]")
+  (bundle.path / "salt.txt").write_text("0" * 64)
+  (tmp_path / "verify/replay-old").mkdir()  # of a verification that was cut off
+  with pytest.raises(RunError, match="checks failed"):
+    verify(bundle, tmp_path, replay="0+1")
+  faults = {one["check"]: one["fault"] for one in json.loads((tmp_path / "verify/checks.json").read_text()) if one["fault"]}
+  for what in ("salt.txt", "images of 0+1", "images of 2+3", "replay of 0+1", "images of 0+1 are below its roots"):
+    assert what in faults, faults
+  assert not (tmp_path / "verify/replay-old").exists()
 
 
 def without(data, rows, path):
@@ -432,12 +488,14 @@ def test_verification_finds_a_flipped_byte_anywhere(bundle, tmp_path):
     whole = file.read_bytes()
     for place in {0, len(whole) // 2, len(whole) - 1}:
       damaged = bytearray(whole)
-      damaged[place] ^= 1
+      damaged[place] ^= 7 if damaged[place] == 10 else 1  # the end of a line becomes another kind of it
       file.write_bytes(damaged)
       name = f"damaged-{number}-{place}"
-      expected = InputError if file.name == "salt.txt" else RunError
-      with pytest.raises((RunError, expected)):
+      with pytest.raises(RunError):
         verify(bundle, tmp_path, name, data=False)
+      if file.name != "manifest.json":
+        faults = [one["check"] for one in json.loads((tmp_path / name / "checks.json").read_text()) if one["fault"]]
+        assert any(str(file.relative_to(bundle.path)) in what for what in faults), (file, faults)
       file.write_bytes(whole)
 
 
@@ -958,6 +1016,29 @@ def test_a_new_shard_leaves_the_others_as_they_were(classified, data, tmp_path):
       tmp_path / "again",
       config_lib.load("configs/cdm_add.py", overrides | {"cdm.path": str(after.path), "cdm.copy": False}),
     )
+
+
+def test_a_classifier_that_saw_forbidden_shards_weighs_nothing_for_a_user(classified, tmp_path):
+  rights = tmp_path / "rights.json"
+  rights.write_text(json.dumps({"ann": ["2+3"], "bob": ["0+1", "2+3"]}))
+  section = {"mixture.weights": "classifier", "mixture.access": str(rights)}
+  complete(cdm_compose, tmp_path / "bob", compose_config(classified[0], **section, **{"mixture.user": "bob"}))
+  with pytest.raises(InputError, match=r"trained on shard '0\+1' too, of which 'ann' may have no part"):
+    complete(cdm_compose, tmp_path / "ann", compose_config(classified[0], **section, **{"mixture.user": "ann"}))
+
+
+def test_a_bundle_that_was_brought_back_forgets_again(bundle, tmp_path):
+  """The same command in the same folder, which had its result."""
+  shutil.copytree(bundle.path, tmp_path / "backup")
+  first = forget(bundle, tmp_path, shards="2+3")
+  assert forget(Bundle(bundle.path), tmp_path, shards="2+3") == first
+  shutil.rmtree(bundle.path)
+  (tmp_path / "backup").rename(bundle.path)
+  assert Bundle(bundle.path).names == ["0+1", "2+3"]
+  forget(Bundle(bundle.path), tmp_path, shards="2+3")
+  assert Bundle(bundle.path).names == ["0+1"]
+  forget(Bundle(bundle.path), tmp_path, "rest", shards="0+1")
+  assert forget(Bundle(bundle.path), tmp_path, "plan", shards="0+1", plan=True)["steps_share"] == 0
 
 
 def test_a_classifier_that_had_seen_what_is_forgotten_is_not_used(classified, tmp_path):

@@ -322,6 +322,6 @@ def test_bars_of_what_is_no_accuracy_are_no_percent(tmp_path, runs, monkeypatch)
   assert [(one["percent"], one["ylabel"]) for one in drawn] == [(False, "best"), (True, "accuracy")]
 
 
-@pytest.mark.parametrize("value, digits", [(0.0, 3), (16.0, 3), (0.3, 3), (0.012, 3), (0.0012, 4), (1.3e-4, 5), (1e-9, 6)])
+@pytest.mark.parametrize("value, digits", [(0.0, 3), (16.0, 3), (0.3, 3), (0.012, 3), (0.0012, 4), (1.3e-4, 5), (1e-9, 6), (float("nan"), 3)])
 def test_small_numbers_have_two_digits_of_their_own(value, digits):
   assert sweep._digits(value) == digits

@@ -101,7 +101,12 @@ class Bundle:
         "format": FORMAT,
         "training": dict(training),
         "salt_sha256": file_digest(path / SALT),
-        "backbone": backbone and {"from": backbone[1], "sha256": file_digest(path / BACKBONE_FILE)},
+        "backbone": backbone
+        and {
+          "from": backbone[1],
+          "sha256": file_digest(path / BACKBONE_FILE),
+          "parameters": manifest_lib.tree_digest(backbone[0]),
+        },
         "origins": [dict(origin)],
         "shards": {},
         "config": file_digest(path / CONFIG),
@@ -167,6 +172,11 @@ class Bundle:
   def names(self) -> list[str]:
     """The shards in the order of their slots."""
     return sorted(self.manifest["shards"])
+
+  @property
+  def parameters(self) -> dict[str, str]:
+    """`manifest.tree_digest` of the parameters of every shard."""
+    return {name: self.manifest["shards"][name]["parameters"] for name in self.names}
 
   def check_names(self, names: Sequence[str]) -> None:
     """InputError for a name that is no shard's."""
@@ -291,6 +301,12 @@ class Bundle:
     """Whether shards are adapters of the backbone, not networks of their own."""
     return self.training.adapter.name != "none"
 
+  @property
+  def backbone_digest(self) -> str | None:
+    """`manifest.tree_digest` of the backbone, wherever it is from; None if there is none."""
+    about = self.manifest["backbone"]
+    return about and about["parameters"]
+
   @functools.cached_property
   def backbone(self) -> Variables | None:
     """The variables that all shards start from, or adapt; None if there are none."""
@@ -315,7 +331,7 @@ class Bundle:
 
 
 def seal_of(config: Any) -> str:
-  """The seal of the bundle config.cdm.path: what tasks that put something in a bundle leave (`Workdir.complete`)."""
+  """The seal of the bundle config.cdm.path."""
   return Bundle(config.cdm.path).manifest[manifest_lib.SEAL]
 
 
@@ -334,7 +350,8 @@ def folder_of(config: Any, workdir: Workdir) -> pathlib.Path:
   """The folder of the bundle config.cdm.path; InputError if there is none, or if the run's folder lies in it."""
   path = pathlib.Path(config.cdm.path).expanduser()
   _check_there(path)
-  if path.resolve() in (workdir.path, *workdir.path.parents):
+  folder = workdir.path.resolve()
+  if path.resolve() in (folder, *folder.parents):
     raise InputError(f"workdir {workdir.path} lies in the bundle: take another --workdir")
   return path
 
@@ -343,7 +360,7 @@ def folder_of(config: Any, workdir: Workdir) -> pathlib.Path:
 def reading(config: Any, workdir: Workdir) -> Iterator[Bundle]:
   """The bundle config.cdm.path for those who only read it, beside others; InputError if it is changed before they are done.
 
-  Versions of shards and artefacts are never written twice, and those that the manifest names are there.
+  Versions of shards and artefacts have names of their own, and those that the manifest names are there.
   """
   bundle = Bundle(folder_of(config, workdir))
 
@@ -409,7 +426,7 @@ def environment() -> dict[str, Any]:
   packages = ("jax", "jaxlib", "flax", "optax", "numpy")
   return {
     **{name: importlib.metadata.version(name) for name in packages},
-    "jax_trustdif": jax_trustdiff.__version__,
+    "jax_trustdiff": jax_trustdiff.__version__,
     "code": code_digest(),
     "python": platform.python_version(),
     "device": f"{device.platform} {device.device_kind}",

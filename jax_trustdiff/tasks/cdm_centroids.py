@@ -19,14 +19,22 @@ from jax_trustdiff.evaluation import report
 from jax_trustdiff.interop import safetensors_io
 from jax_trustdiff.pytrees import register_pytree
 from jax_trustdiff.tasks import generation_metrics, store_writing
-from jax_trustdiff.tasks.bundles import Bundle, file_digests, folder_of, names_of, seal_of
+from jax_trustdiff.tasks.bundles import Bundle, file_digests, folder_of, names_of
 from jax_trustdiff.tasks.sampling import quantise
 from jax_trustdiff.training.workdir import Workdir, locked
 from jax_trustdiff.types import InputError, Signed
 
 FILE = "centroids.safetensors"
 
-leaves = seal_of
+
+def leaves(config) -> str | None:
+  """The centroids that are there of the shards that are asked for, and these as they are; None where some are missing."""
+  bundle = Bundle(config.cdm.path)
+  there = bundle.active_artefacts()
+  names = names_of(config.cdm.only) or bundle.names
+  if any(key_of(name) not in there for name in names):
+    return None
+  return manifest_lib.digest([[there[key_of(name)], bundle.parameters.get(name)] for name in names])
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
@@ -134,7 +142,7 @@ def _own(features: np.ndarray, name: str, found: dict[str, np.ndarray]) -> float
 
 def _store(bundle: Bundle, name: str, centroids: np.ndarray, config: Any, of_features: str) -> None:
   parameters = bundle.manifest["shards"][name]["parameters"]
-  version = manifest_lib.digest([parameters, config_lib.to_plain(config)])[:12]
+  version = manifest_lib.digest([parameters, of_features, config_lib.to_plain(config)])[:12]
   folder = f"artefacts/centroids-{name}-{len(bundle.manifest['deletions'])}-{version}"
   (bundle.path / folder).mkdir(parents=True, exist_ok=True)
   safetensors_io.save(bundle.path / folder / FILE, {"centroids": centroids})

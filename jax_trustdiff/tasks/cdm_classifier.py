@@ -16,13 +16,18 @@ from jax_trustdiff.cdm import weights
 from jax_trustdiff.data import records
 from jax_trustdiff.models.uvit import UViT
 from jax_trustdiff.tasks import denoisers, image_training, noise_classifiers, train_noise_classifier
-from jax_trustdiff.tasks.bundles import Bundle, file_digests, folder_of, seal_of
+from jax_trustdiff.tasks.bundles import Bundle, file_digests, folder_of
 from jax_trustdiff.training.workdir import Workdir, locked
 from jax_trustdiff.types import InputError, Variables
 
 NAME = "classifier"
 
-leaves = seal_of
+
+def leaves(config) -> str | None:
+  """The classifier that is there and the shards as they are; None without one."""
+  bundle = Bundle(config.cdm.path)
+  about = bundle.active_artefacts().get(NAME)
+  return about and manifest_lib.digest([about, bundle.parameters])
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
@@ -41,7 +46,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     )
     data = image_training.Data(train, validation)
     backbone = _backbone(bundle, config) if config.model.name == "uvit_head" else None
-    made_of = {name: bundle.manifest["shards"][name]["parameters"] for name in names}
+    made_of = bundle.parameters
     version = len(bundle.manifest["deletions"])
     folder = f"artefacts/{NAME}-{version}-{manifest_lib.digest([made_of, config_lib.to_plain(config)])[:12]}"
     workdir.open()

@@ -58,7 +58,8 @@ def made_of(bundle: Bundle, section: Any) -> str:
 def shards_of(bundle: Bundle, section: Any) -> list[str]:
   """The names of the shards of a section `mixture`, '' for all; of those, with section.access, the ones that section.user may have parts of.
 
-  access: a JSON file {user: [names of shards]}. Other shards are not read, so weights know nothing of them either. InputError for users
+  access: a JSON file {user: [names of shards]}. Other shards are not read, so weights know nothing of them either; a classifier that was
+  trained on them is refused. InputError for users
   and shards that are not there, for a shard by name that the user may not have, and where none is left.
   """
   names = names_of(section.shards) or bundle.names
@@ -81,7 +82,8 @@ def _rights(bundle: Bundle, section: Any) -> list[str]:
     rights = json.loads(file.read_text())
   except ValueError:
     raise InputError(f"{file} is not JSON") from None
-  if not isinstance(rights, dict) or not all(isinstance(one, list) for one in rights.values()):
+  lists = list(rights.values()) if isinstance(rights, dict) else [None]
+  if not all(isinstance(one, list) and all(isinstance(name, str) for name in one) for one in lists):
     raise InputError(f"{file} is to hold {{user: [names of shards]}}")
   if section.user not in rights:
     raise InputError(f"mixture.user={section.user!r} has no rights in {file}; there are those of {', '.join(sorted(rights))}")
@@ -178,7 +180,13 @@ def _weights(bundle: Bundle, section: Any, names: list[str]) -> weights.Weights:
         )
       return weights.Fixed(jnp.asarray(section.proportions, jnp.float32))
     case "classifier":
-      return cdm_classifier.load(bundle, names)
+      found = cdm_classifier.load(bundle, names)
+      seen = bundle.manifest["artefacts"][cdm_classifier.NAME]["depends_on"]
+      if section.user and (forbidden := [name for name in seen if name not in _rights(bundle, section)]):
+        raise InputError(
+          f"the classifier was trained on shard {forbidden[0]!r} too, of which {section.user!r} may have no part: take other weights"
+        )
+      return found
     case "nearest":
       return cdm_centroids.load(bundle, names, config_lib.to_plain(section.nearest))
   raise InputError(f"unknown mixture.weights={section.weights!r}; there are {', '.join((*WEIGHTS, *RANDOM))}")

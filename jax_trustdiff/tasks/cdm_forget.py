@@ -30,9 +30,11 @@ RISKS = (
 )
 
 
-def reads(config) -> str:
-  """A plan is one for the bundle as it is; a deletion that is done is done."""
-  return seal_of(config) if config.forget.plan else ""
+def reads(config) -> str | None:
+  """A plan is one for the bundle as it is. A deletion is looked for in the bundle each time, unless it was one of a copy."""
+  if config.forget.plan:
+    return seal_of(config)
+  return "" if config.cdm.copy else None
 
 
 def run(config, workdir: Workdir) -> dict[str, float]:
@@ -51,7 +53,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     if not dropped and not wanted:
       raise InputError("nothing to forget: give forget.shards, forget.positions or forget.file")
     request = manifest_lib.digest({"images": wanted, "shards": dropped})
-    done = [one for one in bundle.manifest["deletions"][-1:] if one["request"] == request]
+    done = [one for one in bundle.manifest["deletions"] if one["request"] == request]
     if not done:
       bundle.check_names(dropped)
       _check_new(bundle, wanted)
@@ -66,7 +68,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     "images": len(record["images"]),
     "dropped_shards": len(record["dropped"]),
     "retrained_shards": len(record["retrained"]),
-    "steps_share": record["steps"] / record["steps_of_all"],
+    "steps_share": record["steps"] / max(1, record["steps_of_all"]),
     "stale_artefacts": len(record["stale"]),
     "seconds": record["seconds"],
   }
@@ -86,7 +88,7 @@ def _forget(
   began, shards, artefacts = time.monotonic(), bundle.manifest["shards"], bundle.manifest["artefacts"]
   steps, total = _steps(bundle, again)
   gone = [*dropped, *emptied]
-  _say(again, gone, steps / total)
+  _say(again, gone, steps / max(1, total))
   entries = {name: one.run() for name, one in again.items()}
   active = bundle.active_artefacts()
   stale = manifest_lib.stale_after(active, [*gone, *entries])
@@ -131,12 +133,12 @@ def _planned(
     "stale": manifest_lib.stale_after(bundle.active_artefacts(), [*gone, *again]),
   }
   write_atomically(workdir / "plan.json", json.dumps(plan, indent=2, sort_keys=True) + "\n")
-  _say(again, gone, steps / total)
+  _say(again, gone, steps / max(1, total))
   say(f"to be made anew: {', '.join(plan['stale']) or 'nothing'}; nothing was changed")
   return {
     "dropped_shards": len(gone),
     "retrained_shards": len(again),
-    "steps_share": steps / total,
+    "steps_share": steps / max(1, total),
     "stale_artefacts": len(plan["stale"]),
   }
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jax_trustdiff import config as config_lib
+from jax_trustdiff.cdm import manifest as manifest_lib
 from jax_trustdiff.cdm import slices
 from jax_trustdiff.evaluation import report
 from jax_trustdiff.tasks import compartments, denoisers, shard_training
@@ -52,9 +53,13 @@ def run(config, workdir: Workdir) -> dict[str, float]:
 
   training, origin = {name: config_lib.to_plain(config[name]) for name in TRAINING}, origin_of(config, data)
   salt = _salt(config.cdm.salt_file)
-  _check_same(workdir.path, training, origin, salt)
+  _check_same(workdir.path, training, origin, salt, backbone)
   workdir.open()
   bundle = Bundle.create(workdir.path, training, origin, backbone, salt)
+  if (config_digest := file_digest(workdir / CONFIG)) != bundle.manifest["config"]:  # other shards than before
+    bundle.remove_report()
+    bundle.manifest["config"] = config_digest
+    bundle.save()
   for name in only:
     if name in bundle.manifest["shards"]:
       continue
@@ -66,7 +71,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     bundle.save()
   metrics = summary(bundle)
   _report(config, workdir, bundle, metrics)
-  bundle.manifest |= {"report": file_digests(workdir / REPORT), "config": file_digest(workdir / CONFIG)}
+  bundle.manifest["report"] = file_digests(workdir / REPORT)
   bundle.save()
   return metrics
 
@@ -76,13 +81,13 @@ def _salt(path: str) -> str:
   if not path:
     return ""
   file = pathlib.Path(path).expanduser()
-  text = file.read_text().strip() if file.is_file() else ""
+  text = file.read_text(errors="replace").strip() if file.is_file() else ""
   if not re.fullmatch("[0-9a-f]{64}", text):
     raise InputError(f"cdm.salt_file: {file} is to hold a line of 64 hexadecimal digits")
   return text
 
 
-def _check_same(path: pathlib.Path, training: dict[str, Any], origin: dict[str, Any], salt: str) -> None:
+def _check_same(path: pathlib.Path, training: dict[str, Any], origin: dict[str, Any], salt: str, backbone: Any) -> None:
   """InputError if there is a bundle of another training or other data: of the config, only what is no part of these may change."""
   if not (path / MANIFEST).is_file():
     return
@@ -91,7 +96,8 @@ def _check_same(path: pathlib.Path, training: dict[str, Any], origin: dict[str, 
   if salt and bytes.fromhex(salt) != bundle.salt:
     raise InputError(f"{path} holds a bundle of another salt than cdm.salt_file")
   if changed := config_lib.difference(
-    {"training": manifest["training"], "data": manifest["origins"][0]}, {"training": training, "data": origin}
+    {"training": manifest["training"], "data": manifest["origins"][0], "backbone": bundle.backbone_digest},
+    {"training": training, "data": origin, "backbone": backbone and manifest_lib.tree_digest(backbone[0])},
   ):
     raise InputError(f"{path} holds a bundle of another training ({'; '.join(changed[:4])}): take another --workdir")
 

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 from jax_trustdiff import config as config_lib
@@ -58,11 +59,14 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     replayed = bundle.names if config.verify.replay == "all" else names_of(config.verify.replay)
     bundle.check_names(replayed)
     workdir.open()
+    for left in workdir.path.glob("replay-*"):  # of a verification that was cut off
+      shutil.rmtree(left)
     found = _files(bundle) + _strays(bundle) + _deletions(bundle) + _artefacts(bundle)
     if config.verify.data:
-      found += _images(bundle)
+      for name in bundle.names:
+        found += _found(f"images of {name}", lambda name=name: _images(bundle, name))
     for name in replayed:
-      found += _replay(bundle, name, workdir)
+      found += _found(f"replay of {name}", lambda name=name: _replay(bundle, name, workdir))
   faults = [(what, fault) for what, fault in found if fault]
   for what, fault in faults:
     say(f"FAULT {what}: {fault}")
@@ -75,16 +79,24 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   return metrics
 
 
+def _found(what: str, check: Callable[[], Found]) -> Found:
+  """What a check finds; what it cannot do without, such as a file that was changed, is a fault."""
+  try:
+    return check()
+  except InputError as error:
+    return [(what, str(error))]
+
+
 def _files(bundle: Bundle) -> Found:
   path, manifest = bundle.path, bundle.manifest
-  same = (path / MANIFEST).read_text() == text_of(manifest)
+  same = (path / MANIFEST).read_bytes() == text_of(manifest).encode()
   found = [("text of the manifest", "" if same else "it is not written as manifests are")]
   found.append((SALT, _fault(manifest["salt_sha256"], _digest(path / SALT))))
   if manifest["backbone"] is not None:
     found.append((BACKBONE_FILE, _fault(manifest["backbone"]["sha256"], _digest(path / BACKBONE_FILE))))
   found.append((CONFIG, _fault(manifest["config"], _digest(path / CONFIG))))
-  if (path / RESULT).is_file():  # a deletion removes it
-    found.append((RESULT, result_fault(path / RESULT)))
+  if manifest["report"] or (path / RESULT).is_file():  # a deletion removes both
+    found.append((RESULT, result_fault(path / RESULT) if (path / RESULT).is_file() else "it is missing"))
   folders = {about["folder"]: about["files"] for about in (*manifest["shards"].values(), *bundle.active_artefacts().values())}
   for folder, files in (folders | {REPORT: manifest["report"]}).items():
     there = file_digests(path / folder) if (path / folder).is_dir() else {}
@@ -142,19 +154,14 @@ def _strays(bundle: Bundle) -> Found:
   return found or [("nothing lies beside what the manifest names", "")]
 
 
-def _images(bundle: Bundle) -> Found:
-  found = []
-  for name, about in bundle.manifest["shards"].items():
-    data, rows = bundle.data(about["origin"]), bundle.rows(about["origin"], name)
-    for number, part in enumerate(about["slices"]):
-      leaves = [bundle.salted(data.contents[i]) for i in rows[data.slice[rows] == number]]
-      same = manifest_lib.merkle_root(leaves) == part["root"]
-      fault = (
-        ""
-        if same
-        else f"the {len(leaves)} of the data set are not the {part['num_images']} it was trained on"
-      )
-      found.append((f"images of {name}, slice {number}", fault))
+def _images(bundle: Bundle, name: str) -> Found:
+  found, about = [], bundle.manifest["shards"][name]
+  data, rows = bundle.data(about["origin"]), bundle.rows(about["origin"], name)
+  for number, part in enumerate(about["slices"]):
+    leaves = [bundle.salted(data.contents[i]) for i in rows[data.slice[rows] == number]]
+    same = manifest_lib.merkle_root(leaves) == part["root"]
+    fault = f"the {len(leaves)} of the data set are not the {part['num_images']} it was trained on"
+    found.append((f"images of {name}, slice {number}", "" if same else fault))
   return found
 
 
@@ -209,8 +216,6 @@ def _replay(bundle: Bundle, name: str, workdir: Workdir) -> Found:
   changed = [key for key, value in here.items() if about["environment"].get(key) != value]
   if changed:
     say(f"replaying {name} elsewhere than it was trained ({', '.join(changed)} differ): bits may too")
-  for left in workdir.path.glob("replay-*"):
-    shutil.rmtree(left)
   scratch = pathlib.Path(tempfile.mkdtemp(dir=workdir.path, prefix="replay-"))
   try:
     for file in (SALT, BACKBONE_FILE):

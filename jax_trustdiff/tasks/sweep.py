@@ -309,7 +309,7 @@ def _table(rows: Sequence[str], plan: _Plan, metrics, published) -> tuple[list[s
 
 def _digits(value: float) -> int:
   """Digits after the point that show two of a small number's own; from 3 to 6."""
-  return int(np.clip(1 - np.floor(np.log10(abs(value))), 3, 6)) if value else 3
+  return int(np.clip(1 - np.floor(np.log10(abs(value))), 3, 6)) if value and np.isfinite(value) else 3
 
 
 def _means(runs: Sequence[Mapping[float, float]]) -> tuple[list[float], list[float]]:

@@ -236,11 +236,11 @@ class Workdir:
 def result_fault(file: pathlib.Path) -> str:
   """What is wrong with the text of a result.json: '' if it is as it was written."""
   try:
-    text = file.read_text()
+    text = file.read_bytes()
     result = json.loads(text)
   except ValueError:
     return "it was changed"
-  whole = isinstance(result, dict) and text == _text_of(result) and result.pop(SEAL, "") == _seal(result)
+  whole = isinstance(result, dict) and text == _text_of(result).encode() and result.pop(SEAL, "") == _seal(result)
   return "" if whole else "it was changed"
 
 
