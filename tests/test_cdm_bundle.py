@@ -1027,11 +1027,27 @@ def test_a_classifier_that_saw_forbidden_shards_weighs_nothing_for_a_user(classi
     complete(cdm_compose, tmp_path / "ann", compose_config(classified[0], **section, **{"mixture.user": "ann"}))
 
 
+def test_the_command_of_a_deletion_given_again_means_the_same_image(bundle, data, tmp_path, image_of_last_slice):
+  """Also when the image has left the data set since, and its position is another's."""
+  first = forget(bundle, tmp_path, positions=str(image_of_last_slice))
+  (tmp_path / "less").mkdir()
+  left = without(data, [image_of_last_slice], tmp_path / "less/train.npz")
+  after = Bundle(bundle.path)
+  after.manifest["origins"][0]["data"]["path"] = str(left)
+  after.save()
+  forgotten = after.manifest["forgotten"]
+  assert len(forgotten) == 1 and forget(Bundle(bundle.path), tmp_path, positions=str(image_of_last_slice)) == first
+  assert Bundle(bundle.path).manifest["forgotten"] == forgotten
+  assert verify(Bundle(bundle.path), tmp_path)["faults"] == 0
+
+
 def test_a_bundle_that_was_brought_back_forgets_again(bundle, tmp_path):
   """The same command in the same folder, which had its result."""
   shutil.copytree(bundle.path, tmp_path / "backup")
   first = forget(bundle, tmp_path, shards="2+3")
+  before = (bundle.path / "manifest.json").read_text()
   assert forget(Bundle(bundle.path), tmp_path, shards="2+3") == first
+  assert (bundle.path / "manifest.json").read_text() == before
   shutil.rmtree(bundle.path)
   (tmp_path / "backup").rename(bundle.path)
   assert Bundle(bundle.path).names == ["0+1", "2+3"]

@@ -19,6 +19,7 @@ from jax_trustdiff.training.progress import say
 from jax_trustdiff.training.workdir import Workdir, locked, write_atomically
 from jax_trustdiff.types import InputError
 
+RECORD = "deletion.json"
 RISKS = (
   "copies of the bundle, of its exports and of the data set elsewhere, backups among them",
   "the same picture under another label, cropped or nearly the same: an image is known by its bytes and its label",
@@ -49,7 +50,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   with locked(path):
     bundle = Bundle(path)
     dropped = sorted(set(names_of(config.forget.shards)))
-    wanted = bundle.named(config.forget)
+    wanted = _wanted(bundle, config, workdir)
     if not dropped and not wanted:
       raise InputError("nothing to forget: give forget.shards, forget.positions or forget.file")
     request = manifest_lib.digest({"images": wanted, "shards": dropped})
@@ -61,8 +62,11 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     workdir.open()
     if config.forget.plan:
       return _planned(workdir, bundle, {} if done else again, () if done else (*dropped, *emptied))
-    record = done[0] if done else _forget(bundle, request, wanted, dropped, again, emptied)
-    bundle.remove_report()
+    if done:
+      record = done[0]
+    else:
+      record = _forget(bundle, request, wanted, dropped, again, emptied)
+      bundle.remove_report()
     bundle.save()
   metrics = {
     "images": len(record["images"]),
@@ -74,6 +78,13 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   }
   _report(config, workdir, bundle, record, metrics)
   return metrics
+
+
+def _wanted(bundle: Bundle, config: Any, workdir: Workdir) -> list[str]:
+  """The images, salted; those that this run has forgotten before if it was done, since a position may be another image's by now."""
+  if not config.forget.plan and (workdir / RECORD).is_file():
+    return json.loads((workdir / RECORD).read_text())["images"]
+  return bundle.named(config.forget)
 
 
 def _forget(
@@ -201,7 +212,7 @@ def _affected(
 
 
 def _report(config, workdir: Workdir, bundle: Bundle, record: dict[str, Any], metrics) -> None:
-  write_atomically(workdir / "deletion.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+  write_atomically(workdir / RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")
   folder = workdir / "report"
   folder.mkdir(exist_ok=True)
   lines = [[name, "deleted", digest[:16], ""] for name, digest in sorted(record["dropped"].items())]
