@@ -46,9 +46,8 @@ def get_config(variant: str = "") -> ConfigDict:
     train += ",model.channel_mult=(1,),shards.groups=(0,1,2,3,4,5;6,7;8,9)"
     classifier += ",model.channel_mult=(1,)"
     judge = "configs/at_cifar.py:smoke,objective.name=standard,objective.label_smoothing=0.0"
-    kid = "metrics.kid_subsets=2,metrics.kid_subset_size=16"
-    unplanted = quality + kid
-    quality += kid
+    quality += "metrics.kid_subsets=2,metrics.kid_subset_size=16"
+    unplanted = quality
     memory += "memorisation.neighbours=10"
   else:
     kid = "metrics.kid_subsets=100,metrics.kid_subset_size=500"

@@ -159,7 +159,7 @@ class Bundle:
   def salt(self) -> bytes:
     """InputError where it is not there, or another."""
     file = self.path / SALT
-    if not file.is_file() or file_digest(file) != self.manifest["salt_sha256"]:
+    if not _is_as(file, self.manifest["salt_sha256"]):
       raise InputError(f"{file} is missing or was changed: without it nobody can say which image is meant")
     return bytes.fromhex(file.read_text().strip())
 
@@ -190,7 +190,7 @@ class Bundle:
       about = self.manifest["origins"][origin]
       sections = [_section(about[name]) for name in ("data", "shards")]
       for file, digest in about["files"].items():
-        if not pathlib.Path(file).expanduser().is_file() or file_digest(pathlib.Path(file).expanduser()) != digest:
+        if not _is_as(pathlib.Path(file).expanduser(), digest):
           raise InputError(f"{file}, which divides the images of {self.path}, is missing or was changed")
       self._splits[origin] = compartments.split(*sections, self.training.seed)
     return self._splits[origin]
@@ -235,7 +235,7 @@ class Bundle:
     """The images that a shard was trained on, slice by slice, salted; InputError if its list is not as the manifest has it."""
     about = self.manifest["shards"][name]
     file = self.path / about["folder"] / IMAGES
-    if not file.is_file() or file_digest(file) != about["files"][IMAGES]:
+    if not _is_as(file, about["files"][IMAGES]):
       raise InputError(f"{file} is missing or was changed: verify the bundle")
     return json.loads(file.read_text())
 
@@ -313,7 +313,7 @@ class Bundle:
     if self.manifest["backbone"] is None:
       return None
     file = self.path / BACKBONE_FILE
-    if not file.is_file() or file_digest(file) != self.manifest["backbone"]["sha256"]:
+    if not _is_as(file, self.manifest["backbone"]["sha256"]):
       raise InputError(f"{file} is missing or was changed: shards were trained on another")
     found = jax.tree.map(jnp.asarray, safetensors_io.load(file))
     if not self.is_adapted:
@@ -471,6 +471,11 @@ def _section(plain: Mapping[str, Any]) -> config_lib.ConfigDict:
     return tuple(map(tupled, value)) if isinstance(value, list) else value
 
   return config_lib.from_plain(tupled(plain))
+
+
+def _is_as(file: pathlib.Path, digest: str) -> bool:
+  """Whether a file is there, and has this SHA-256."""
+  return file.is_file() and file_digest(file) == digest
 
 
 def file_digest(file: pathlib.Path) -> str:

@@ -41,9 +41,10 @@ def run(config, workdir: Workdir) -> dict[str, float]:
   error <kind>/<shard>/error: the mean over images, or for eq. 6, which a small sum may blow up for single images, the ratio of sums over
   images. config.judge: the export of a classifier of clean images that had no part in it; an image whose class it sees is, for it, of the
   shard with most images of that class (of a class that no shard has, of none), and `agreement` is the share of images for which the
-  largest credit says the same. attribute.num_traced images, of the shards' classes in turn, are sampled by config.mixture,
-  with the weights that the method wants and without guidance, and config.sampler, and the mean weight of their final shard over the steps is drawn. Writes credit.npz: names, ids, and for each kind of
-  credit an array [n s]; and trace.npz: names, sigma [steps], weights [steps s n].
+  largest credit says the same. attribute.num_traced images, of the shards' classes in turn, are sampled by config.mixture, with the
+  weights that the method wants and without guidance, and config.sampler, and the mean weight of their final shard over the steps is
+  drawn. Writes credit.npz: names, ids, and for each kind of credit an array [n s]; and trace.npz: names, sigma [steps], weights [steps s
+  n].
   """
   with reading(config, workdir) as bundle:
     mixture, names, classes = _mixture(bundle, config)

@@ -56,11 +56,11 @@ def made_of(bundle: Bundle, section: Any) -> str:
 
 
 def shards_of(bundle: Bundle, section: Any) -> list[str]:
-  """The names of the shards of a section `mixture`, '' for all; of those, with section.access, the ones that section.user may have parts of.
+  """The names of the shards of a section `mixture`; with section.access those of them that section.user may have parts of.
 
   access: a JSON file {user: [names of shards]}. Other shards are not read, so weights know nothing of them either; a classifier that was
-  trained on them is refused. InputError for users
-  and shards that are not there, for a shard by name that the user may not have, and where none is left.
+  trained on them is refused. InputError for users and shards that are not there, for a shard by name that the user may not have, and
+  where none is left.
   """
   names = names_of(section.shards) or bundle.names
   bundle.check_names(names)
@@ -101,8 +101,7 @@ def load_mixture(bundle: Bundle, config: Any) -> generate.Model:
   guidance.scale with order 'mixture_first' guides the mixture, with 'guidance_first' every shard.
   """
   section = config.mixture
-  names = shards_of(bundle, section)
-  stack, names = bundle.stack(names)
+  stack, names = bundle.stack(shards_of(bundle, section))
   network, preconditioning = stack.common.network, stack.common.preconditioning
   counts = np.array([bundle.manifest["shards"][name]["class_counts"] for name in names], float)
   conditional = network.num_classes > 0
@@ -182,7 +181,8 @@ def _weights(bundle: Bundle, section: Any, names: list[str]) -> weights.Weights:
     case "classifier":
       found = cdm_classifier.load(bundle, names)
       seen = bundle.manifest["artefacts"][cdm_classifier.NAME]["depends_on"]
-      if section.user and (forbidden := [name for name in seen if name not in _rights(bundle, section)]):
+      allowed = _rights(bundle, section) if section.user else seen
+      if forbidden := [name for name in seen if name not in allowed]:
         raise InputError(
           f"the classifier was trained on shard {forbidden[0]!r} too, of which {section.user!r} may have no part: take other weights"
         )

@@ -72,7 +72,7 @@ def run(config, workdir: Workdir) -> dict[str, float]:
     "images": len(record["images"]),
     "dropped_shards": len(record["dropped"]),
     "retrained_shards": len(record["retrained"]),
-    "steps_share": record["steps"] / max(1, record["steps_of_all"]),
+    "steps_share": _share(record["steps"], record["steps_of_all"]),
     "stale_artefacts": len(record["stale"]),
     "seconds": record["seconds"],
   }
@@ -99,7 +99,7 @@ def _forget(
   began, shards, artefacts = time.monotonic(), bundle.manifest["shards"], bundle.manifest["artefacts"]
   steps, total = _steps(bundle, again)
   gone = [*dropped, *emptied]
-  _say(again, gone, steps / max(1, total))
+  _say(again, gone, _share(steps, total))
   entries = {name: one.run() for name, one in again.items()}
   active = bundle.active_artefacts()
   stale = manifest_lib.stale_after(active, [*gone, *entries])
@@ -135,7 +135,7 @@ def _planned(
   workdir: Workdir, bundle: Bundle, again: dict[str, Training], gone: Sequence[str]
 ) -> dict[str, float]:
   """What a deletion would take, also written to plan.json and said."""
-  steps, total = _steps(bundle, again)
+  share = _share(*_steps(bundle, again))
   plan = {
     "dropped": sorted(gone),
     "retrained": {
@@ -144,12 +144,12 @@ def _planned(
     "stale": manifest_lib.stale_after(bundle.active_artefacts(), [*gone, *again]),
   }
   write_atomically(workdir / "plan.json", json.dumps(plan, indent=2, sort_keys=True) + "\n")
-  _say(again, gone, steps / max(1, total))
+  _say(again, gone, share)
   say(f"to be made anew: {', '.join(plan['stale']) or 'nothing'}; nothing was changed")
   return {
     "dropped_shards": len(gone),
     "retrained_shards": len(again),
-    "steps_share": steps / max(1, total),
+    "steps_share": share,
     "stale_artefacts": len(plan["stale"]),
   }
 
@@ -158,6 +158,10 @@ def _steps(bundle: Bundle, again: dict[str, Training]) -> tuple[int, int]:
   """(steps that these trainings take, steps of the whole bundle)"""
   of_all = sum(one["stages"][-1]["last_step"] for one in bundle.manifest["shards"].values())
   return sum(one.steps for one in again.values()), of_all
+
+
+def _share(steps: int, of_all: int) -> float:
+  return steps / max(1, of_all)  # a bundle without shards has none
 
 
 def _say(again: dict[str, Training], gone: Sequence[str], share: float) -> None:
